@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import threading
@@ -15,7 +16,8 @@ import pytest
 import yaml
 
 from tests.chart.helm import CHART, VALUES, helm_binary, template, value_sets
-from tests.services.install import go_module
+from tests.documents import every_block
+from tests.services.install import go_module, kubernetes_binaries
 from tests.services.kubernetes import Cluster, run_with_output
 from tests.services.process import wait_until
 
@@ -73,6 +75,11 @@ class Store:
         own = {f"HELM_{name}_HOME": str(self.cluster.folder / "helm" / name) for name in ("CACHE", "CONFIG", "DATA")}
         command = [str(helm_binary()), "--namespace", self.namespace, *map(str, arguments)]
         return run_with_output(command, {**own, "KUBECONFIG": str(self.cluster.kubeconfig)})
+
+    def shell(self, script: str) -> str:
+        """What commands of a guide print that call `helm` and `kubectl`. Raises CalledProcessError."""
+        path = f"{helm_binary().parent}:{kubernetes_binaries()}:{os.environ['PATH']}"
+        return run_with_output(["/bin/sh", "-ec", script], {"PATH": path, "KUBECONFIG": str(self.cluster.kubeconfig)})
 
     def deploy(self, verb: str, *values: str, base: Path = VALUES / "default.yaml") -> None:
         """Install or upgrade with these values (`--set`), and wait until all pods are ready."""
@@ -180,6 +187,14 @@ def test_pods_stand_on_different_nodes_and_zones_with_their_priority(store: Stor
     release = json.loads(store.helm("status", "shelf", "--output", "json"))
     phases = {hook["kind"]: hook["last_run"]["phase"] for hook in release["hooks"]}
     assert phases == {"Job": "Succeeded", "ServiceAccount": "Succeeded"}
+
+
+def test_the_guides_other_job_runs_beside_the_release(store: Store) -> None:
+    (script,) = (text for _, text in every_block("docs/operating.md") if "get hooks" in text)
+    store.helm("install", "artifact-store", CHART, "--wait", "--timeout=300s", "--values", VALUES / "default.yaml")
+    store.shell(script.replace("--namespace store", f"--namespace {store.namespace}"))
+    (job,) = store.cluster.find("batch/v1/jobs", store.namespace)
+    assert (job["metadata"]["name"], job["status"]["succeeded"]) == ("artifact-store-verify", 1)
 
 
 def test_an_upgrade_keeps_gateways_ready_and_a_rollback_gives_back_what_was(store: Store) -> None:

@@ -47,6 +47,7 @@ def test_the_secret_has_the_keys_that_the_chart_looks_for() -> None:
         values["projector"]["secretName"]: views,
         values["webhooks"]["secretName"]: views,
         values["migration"]["secretName"]: views | store,
+        "artifact-store-verify": views | store,
     }
 
 
@@ -55,22 +56,27 @@ def test_commands_run_in_pods_that_there_are(values: list[Path]) -> None:
     documents = yaml.safe_load_all(template(values, release=release))
     deployments = {document["metadata"]["name"] for document in documents if document["kind"] == "Deployment"}
     ran = re.findall(r"exec deployment/(\S+) -- artifact-store (\w+)(.*)", COMMANDS)
-    assert {name for _, name, _ in ran} == {"status", "parked", "verify", "replay"}
+    assert {name for _, name, _ in ran} == {"status", "doctor", "parked"}
     for deployment, name, arguments in ran:
         assert deployment in deployments
         main.commands[name].make_context(name, arguments.split())
 
 
 def test_the_migration_becomes_another_job(values: list[Path]) -> None:
-    edit = re.search(r"\|\s+(sed .*?)\s+\|", COMMANDS)
-    assert edit is not None
-    (migration,) = (text for text in template(values).split("\n---\n") if "\nkind: Job\n" in text)
-    done = subprocess.run(["/bin/sh", "-c", edit[1]], input=migration, capture_output=True, text=True, check=True)
-    job = yaml.safe_load(done.stdout)
+    (edit,) = re.findall(r"\|\s+(sed -n .*?)\s+\| kubectl", COMMANDS)
+    hooks = template(values, release="artifact-store")
+    done = subprocess.run(["/bin/sh", "-c", edit], input=hooks, capture_output=True, text=True, check=True)
+    job = next(yaml.safe_load_all(done.stdout))
+    assert job["kind"] == "Job"
     kubernetes_validate.validate(job, NEWEST_KUBERNETES, strict=True)
     (container,) = containers(job)
     assert container["command"] == ["artifact-store", "verify", "--bytes"]
-    assert job["metadata"]["name"].endswith("-verify")
+    assert job["metadata"]["name"] == "artifact-store-verify"
     assert not job["metadata"]["annotations"]
     assert "activeDeadlineSeconds" not in job["spec"]
     assert job["spec"]["backoffLimit"] == 0, "`verify` that finds something is not to be run again"
+    secrets = {
+        e["valueFrom"]["secretKeyRef"]["name"] for e in container["env"] if "secretKeyRef" in e.get("valueFrom", {})
+    }
+    assert secrets == {"artifact-store-verify"}, "the users of the migration cannot read the log"
+    assert job["spec"]["template"]["spec"]["serviceAccountName"] == "artifact-store-migration"
