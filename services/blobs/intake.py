@@ -2,7 +2,8 @@
 
 `Intake` hashes with BLAKE3 and SHA-256 in threads beside the event loop, while the adapter writes the piece. Limits
 and declared digests are checked there alone. `PartPlan` says how large the parts of a long body are, `Pace` bounds the
-time that a slow body may take from others, and `Cleanups` ends what an upload that failed has left.
+time that a slow body may take from others, and `Cleanups` ends what an upload that failed has left. `Mistrusted`
+remembers what has to be stored again although the store says that it is there.
 
 S3 takes at most 10,000 parts, each but the last of 5 MiB to 5 GiB (Amazon S3 user guide, "multipart upload limits"). A
 body of known size gets parts that fit it: beyond what memory can hold, they are relayed to the store as they arrive. A
@@ -17,6 +18,7 @@ import hashlib
 import logging
 import os
 import random
+from collections import OrderedDict
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -354,3 +356,28 @@ class Cleanups:
                 await work
         except (UnavailableError, TimeoutError) as error:
             _log.warning("an upload could not be cleaned up and is left to the sweep: %s", str(error) or "out of time")
+
+
+_MISTRUSTED_REMEMBERED = 1_024
+
+Where = TypeVar("Where")
+
+
+class Mistrusted(Generic[Where]):
+    """The latest places whose bytes turned out wrong, of one store and in one process."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Where, None] = OrderedDict()
+
+    def __contains__(self, where: Where) -> bool:
+        return where in self._found
+
+    def add(self, where: Where) -> None:
+        """What lies there is not to be taken for what belongs there."""
+        self._found[where] = None
+        if len(self._found) > _MISTRUSTED_REMEMBERED:
+            self._found.popitem(last=False)
+
+    def discard(self, where: Where) -> None:
+        """The right bytes were stored there."""
+        self._found.pop(where, None)

@@ -24,7 +24,7 @@ from artifact_store.errors import CorruptError, UnavailableError
 from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from artifact_store.user_files import sync_folder
-from services.blobs.intake import PIECE_BYTES, Cleanups, Intake
+from services.blobs.intake import PIECE_BYTES, Cleanups, Intake, Mistrusted
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
@@ -39,7 +39,6 @@ from services.blobs.port import (
 )
 from services.blobs.resumable.object_parts import PART_BYTES, ObjectParts
 from services.blobs.resumable.states import sweep_states
-from services.blobs.verified_reads import Mistrusted
 from services.runtime.clock import StoreClock
 from services.runtime.file_system import PRIVATE_FILE, PRIVATE_FOLDER, secure_folder
 

@@ -11,16 +11,15 @@ What is returned may hold a file or a connection until its end or its `aclose`, 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Generic, TypeVar
 
 from blake3 import blake3
 
 from artifact_store.byte_streams import from_any, joined
 from artifact_store.errors import CorruptError, UnavailableError
 from services.blobs.hot_blocks import HotBlocks
+from services.blobs.intake import Mistrusted
 from services.blobs.port import BlobStore
 
 Place = tuple[str, int]
@@ -134,28 +133,3 @@ async def _begun(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, N
     """The generator behind its `_BEGUN`: one that never began would close nothing of what it was to read."""
     await anext(chunks)
     return chunks
-
-
-_REMEMBERED = 1_024
-
-Where = TypeVar("Where")
-
-
-class Mistrusted(Generic[Where]):
-    """The latest that were found so, of one store and in one process."""
-
-    def __init__(self) -> None:
-        self._found: OrderedDict[Where, None] = OrderedDict()
-
-    def __contains__(self, where: Where) -> bool:
-        return where in self._found
-
-    def add(self, where: Where) -> None:
-        """What lies there is not to be taken for what belongs there."""
-        self._found[where] = None
-        if len(self._found) > _REMEMBERED:
-            self._found.popitem(last=False)
-
-    def discard(self, where: Where) -> None:
-        """The right bytes were stored there."""
-        self._found.pop(where, None)

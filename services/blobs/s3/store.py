@@ -27,7 +27,17 @@ from artifact_store.errors import ConfigurationError, CorruptError, UnavailableE
 from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from artifact_store.rules import parse_number
-from services.blobs.intake import LOOK_SECONDS, MAX_PARTS, MIB, PIECE_BYTES, Cleanups, Intake, Pace, PartPlan
+from services.blobs.intake import (
+    LOOK_SECONDS,
+    MAX_PARTS,
+    MIB,
+    PIECE_BYTES,
+    Cleanups,
+    Intake,
+    Mistrusted,
+    Pace,
+    PartPlan,
+)
 from services.blobs.memory import TURN_SECONDS, ByteBudget, PartBuffer, Share
 from services.blobs.port import (
     DAMAGED,
@@ -64,7 +74,6 @@ from services.blobs.s3.requests import (
     find_object,
     patience,
 )
-from services.blobs.verified_reads import Mistrusted
 from services.runtime.clock import Clock, StoreClock, system_clock
 
 _RETRY_SECONDS = 5.0
