@@ -16,10 +16,10 @@ from artifact_store.errors import (
     PackageNotFoundError,
     UploadNotFoundError,
 )
+from ingest_gateway.admission import Bounds, Quota
 from ingest_gateway.gateway import Authenticate, Gateway, Logins, Subscribing, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
-from ingest_gateway.limits.admission import Bounds, Quota
 from ingest_gateway.protocol.connections import AllowedHosts
 from ingest_gateway.protocol.declaration import Access, Route, document
 from ingest_gateway.protocol.http_errors import (

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from ingest_gateway.admission import Admission, Bounds, Followers, OpenUploads, Quota, Quotas
 from ingest_gateway.event_tail import Tail
 from ingest_gateway.health import Checks, ReadyAnswers
 from ingest_gateway.http_metrics import Metrics
-from ingest_gateway.limits.admission import Admission, Bounds, OpenUploads, Quota, Quotas
-from ingest_gateway.limits.followers import Followers
 from ingest_gateway.siblings import Siblings
 from services.core.access import Principal, local_user
 from services.identity.authenticator import LoginChoice

@@ -23,11 +23,11 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
+from ingest_gateway.admission import Bounds, Places, Quota, connections_within
 from ingest_gateway.app import App
 from ingest_gateway.gateway import Authenticate, Logins, Subscribing, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
-from ingest_gateway.limits.admission import Bounds, Places, Quota, connections_within
 from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
 from ingest_gateway.protocol.connections import AllowedHosts, Server

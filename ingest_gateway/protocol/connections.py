@@ -24,7 +24,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from artifact_store.errors import ArtifactStoreError, PushBackError
 from artifact_store.rules import parse_number
-from ingest_gateway.limits.admission import Places, Room
+from ingest_gateway.admission import Places, Room
 from ingest_gateway.protocol.http_errors import (
     ForeignOriginError,
     HeadTooLargeError,

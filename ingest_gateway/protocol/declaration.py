@@ -21,7 +21,7 @@ from artifact_store.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from ingest_gateway.limits.admission import QuotaExceededError, TooManyAtOnceError, Transfer
+from ingest_gateway.admission import QuotaExceededError, TooManyAtOnceError, Transfer
 from ingest_gateway.protocol.http_errors import (
     ExpectationFailedError,
     ForeignOriginError,
@@ -74,7 +74,7 @@ class Route:
     """One method of one resource. `{relative_path}` at the end of `template` matches the rest of the path.
 
     `access` is checked before anything else; the registry checks on which packages the caller has the right.
-    `transfer` is the kind of place (see `limits.admission`) that a request takes before it is handled. HEAD moves no
+    `transfer` is the kind of place (see `admission`) that a request takes before it is handled. HEAD moves no
     bytes and takes none.
     """
 

@@ -40,8 +40,8 @@ from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, Declared
 from artifact_store.position import Position
 from artifact_store.registry import start_of
 from artifact_store.rules import MAX_NUMBER, MAX_TEXT_CHARACTERS, check_path, check_text, parse_number
+from ingest_gateway.admission import Bounds, Quota
 from ingest_gateway.gateway import Gateway
-from ingest_gateway.limits.admission import Bounds, Quota
 from ingest_gateway.protocol.connections import Connection, client_of
 from ingest_gateway.protocol.http_errors import (
     AnswerTimeoutError,

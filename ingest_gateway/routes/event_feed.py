@@ -25,8 +25,8 @@ from artifact_store.errors import (
 )
 from artifact_store.position import Position
 from artifact_store.registry import NOW
+from ingest_gateway.admission import gateway_closes
 from ingest_gateway.event_tail import Feed, Form, Frame, feed
-from ingest_gateway.limits.followers import gateway_closes
 from ingest_gateway.protocol.declaration import Route, Stream, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError
 from ingest_gateway.protocol.negotiation import choose

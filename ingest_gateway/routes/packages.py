@@ -33,7 +33,7 @@ from artifact_store.errors import (
     WaitTimeoutError,
 )
 from artifact_store.models import DEFAULT_PAGE, PackageFilter
-from ingest_gateway.limits.admission import Quota
+from ingest_gateway.admission import Quota
 from ingest_gateway.protocol.declaration import Body, Route, Success
 from ingest_gateway.protocol.http_errors import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
 from ingest_gateway.protocol.request import (

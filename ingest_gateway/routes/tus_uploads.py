@@ -33,7 +33,7 @@ from artifact_store.errors import (
     UploadOffsetError,
     WaitTimeoutError,
 )
-from ingest_gateway.limits.admission import Quota
+from ingest_gateway.admission import Quota
 from ingest_gateway.protocol.declaration import BINARY, Body, Handler, Route, Schema, Success
 from ingest_gateway.protocol.http_errors import (
     MethodNotAllowedError,

@@ -34,7 +34,7 @@ from artifact_store.errors import AnswerExpiredError, ArtifactStoreError
 from artifact_store.events import PackageCreated, RecordedEvent
 from artifact_store.position import Position
 from artifact_store.rules import check_path
-from ingest_gateway.limits.admission import Room
+from ingest_gateway.admission import Room
 from ingest_gateway.peers import forwarding
 from ingest_gateway.protocol.codings import _Decoding
 from ingest_gateway.protocol.connections import HEADER_BYTES, AllowedHosts, _BoundedParser

@@ -9,9 +9,9 @@ from typing import Any
 
 import aiohttp
 
+from ingest_gateway.admission import Bounds
 from ingest_gateway.gateway import Authenticate, Subscribing, believe
 from ingest_gateway.health import Check, Checks
-from ingest_gateway.limits.admission import Bounds
 from ingest_gateway.server import create_subscriptions, listening
 from services.config import Settings
 from services.registry.direct import DirectRegistry

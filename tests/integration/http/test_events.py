@@ -15,8 +15,8 @@ import aiohttp
 import pytest
 
 from artifact_store.documents.event_lines import parse_event
+from ingest_gateway.admission import Followers
 from ingest_gateway.event_tail import Form
-from ingest_gateway.limits.followers import Followers
 from ingest_gateway.routes import event_feed as events
 from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
 from schemas.digests import event_digest

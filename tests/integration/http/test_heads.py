@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, suppress
 import psutil
 import pytest
 
-from ingest_gateway.limits.admission import HEADS_ROOM_BYTES
+from ingest_gateway.admission import HEADS_ROOM_BYTES
 from ingest_gateway.protocol.connections import HEAD_BYTES
 from services.config import Settings
 from tests.integration.conditions import until

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifact_store.errors import PushBackError
-from ingest_gateway.limits.admission import Places, Room, TooManyAtOnceError
+from ingest_gateway.admission import Places, Room, TooManyAtOnceError
 from ingest_gateway.protocol.connections import client_of
 
 
@@ -91,7 +91,7 @@ def test_connections_leave_descriptors_for_the_rest(
     soft: int, hard: int, wanted: int, forwarded: int, connections: int
 ) -> None:
     code = (
-        "import resource; from ingest_gateway.limits.admission import connections_within; "
+        "import resource; from ingest_gateway.admission import connections_within; "
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); "
         f"print(connections_within({wanted}, {forwarded}))"
     )

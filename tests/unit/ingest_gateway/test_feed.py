@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from artifact_store.errors import PushBackError, UnavailableError
+from ingest_gateway.admission import Followers
 from ingest_gateway.event_tail import AHEAD_BYTES, feed
-from ingest_gateway.limits.followers import Followers
 
 
 async def _everything(lines: AsyncGenerator[bytes]) -> bytes:

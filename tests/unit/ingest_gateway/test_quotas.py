@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from artifact_store.errors import UnavailableError
-from ingest_gateway.limits.admission import _MOST_KNOWN, OpenUploads, Quota, QuotaExceededError, Quotas
+from ingest_gateway.admission import _MOST_KNOWN, OpenUploads, Quota, QuotaExceededError, Quotas
 from services.blobs.port import IDLE_SECONDS
 
 
