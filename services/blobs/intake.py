@@ -34,6 +34,9 @@ from services.blobs.port import Digests
 PIECE_BYTES = 512 * 1024
 """Most bytes that `Intake.take` returns at once; with 64 bodies at a time this keeps what is in flight small."""
 
+READ_FIRST_BYTES = 64 * 1024
+"""A body of at most this size is read before it takes memory of the budget: its connection may hold as much anyway."""
+
 INLINE_BYTES = 64 * 1024
 """Up to here hashing takes less time than handing the work to a thread."""
 

@@ -200,7 +200,13 @@ class Share:
         return True
 
     async def take_in_turn(
-        self, amount: int, *, others: str, nothing: str, retry_after: float, seconds: float = TURN_SECONDS
+        self,
+        amount: int,
+        *,
+        seconds: float = TURN_SECONDS,
+        others: str = "uploads under way",
+        nothing: str = "stored",
+        retry_after: float = 5.0,
     ) -> None:
         """Wait for the first bytes, but not for ever: others may hold all memory and send a byte a minute.
 

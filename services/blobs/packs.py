@@ -39,8 +39,18 @@ from artifact_store.byte_streams import joined
 from artifact_store.errors import ContentMismatchError, CorruptError, TooLargeError, UnknownContentError
 from artifact_store.manifest import ContentAddress, content_key
 from artifact_store.models import Declared
-from services.blobs.intake import LOOK_SECONDS, MIB, PIECE_BYTES, Cleanups, Intake, Pace, check_declared, digests_of
-from services.blobs.memory import TURN_SECONDS, PartBuffer, Share
+from services.blobs.intake import (
+    LOOK_SECONDS,
+    MIB,
+    PIECE_BYTES,
+    READ_FIRST_BYTES,
+    Cleanups,
+    Intake,
+    Pace,
+    check_declared,
+    digests_of,
+)
+from services.blobs.memory import TURN_SECONDS, PartBuffer
 from services.blobs.port import UPLOADS, BlobStore, Digests, StoredBlob
 
 _SLICE = 1 << 20
@@ -257,11 +267,6 @@ SHARED_PACK_BYTES = 4 * MIB
 PACKS_AT_ONCE = 2
 """How many packs of a retention class are stored at a time; further bodies gather meanwhile."""
 
-_READ_FIRST_BYTES = 64 * 1024
-"""A body of at most this size is read before it takes memory of the budget: its connection may hold as much anyway."""
-
-_RETRY_SECONDS = 5.0
-
 SALT_BYTES = 32
 """Random bytes at the end of a pack of several bodies."""
 
@@ -307,12 +312,12 @@ class SharedPacks:
         with self._memory.share() as share:
             if isinstance(body, bytes):
                 held = await _take(body, declared, max_bytes)
-                await self._await_turn(share, max(1, size))
-            elif size <= _READ_FIRST_BYTES:
+                await share.take_in_turn(max(1, size), seconds=self._turn_seconds)
+            elif size <= READ_FIRST_BYTES:
                 held = await _read(Intake(body, declared=declared, max_bytes=max_bytes), size)
-                await self._await_turn(share, max(1, size))
+                await share.take_in_turn(max(1, size), seconds=self._turn_seconds)
             else:
-                await self._await_turn(share, size)
+                await share.take_in_turn(size, seconds=self._turn_seconds)
                 async with Pace(
                     body, lambda: self._memory.contended, size=len, look_seconds=self._look_seconds
                 ) as pace:
@@ -323,15 +328,6 @@ class SharedPacks:
         """Wait for the packs that are being stored, even if the senders of their bodies are gone."""
         while self._storing:
             await asyncio.wait(self._storing)
-
-    async def _await_turn(self, share: Share, amount: int) -> None:
-        await share.take_in_turn(
-            amount,
-            others="uploads under way",
-            nothing="stored",
-            retry_after=_RETRY_SECONDS,
-            seconds=self._turn_seconds,
-        )
 
     async def _join(self, held: _Held, lane: _Lane) -> StoredBlob:
         """Wait until a pack with this body is durable."""

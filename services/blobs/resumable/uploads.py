@@ -447,7 +447,6 @@ RENEW_SECONDS = 3.0
 """How often a request that gets bytes says so; far below the time after which it is taken for dead."""
 
 _RESERVED = 4  # part numbers at a time: so many parts at most are sent again after a crash
-_RETRY_SECONDS = 5.0
 
 
 class _Hash(Protocol):
@@ -533,7 +532,7 @@ class Appending:
         """
         with self._parts.memory.share() as share:
             first = min(self._state.part_bytes, self._state.length - self._state.held)
-            await share.take_in_turn(first, others="uploads under way", nothing="taken", retry_after=_RETRY_SECONDS)
+            await share.take_in_turn(first, nothing="taken")
             self._state = await self._states.replace(self._state, **self._claim())
             try:
                 async with Pace(body, lambda: self._parts.memory.contended, size=len) as pace:

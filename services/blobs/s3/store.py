@@ -32,6 +32,7 @@ from services.blobs.intake import (
     MAX_PARTS,
     MIB,
     PIECE_BYTES,
+    READ_FIRST_BYTES,
     Cleanups,
     Intake,
     Mistrusted,
@@ -76,9 +77,6 @@ from services.blobs.s3.requests import (
 )
 from services.runtime.clock import Clock, StoreClock, system_clock
 
-_RETRY_SECONDS = 5.0
-_SMALL_BYTES = 64 * 1024
-"""A body of at most this size is read before it takes memory of the budget: its connection may hold as much anyway."""
 _ASK_FIRST_BYTES = 256 * 1024  # from here on asking whether a blob is there costs less than sending it
 _READ_PAUSE_SECONDS = 0.2
 _LISTED_AT_ONCE = 1000
@@ -159,7 +157,7 @@ class S3BlobStore:
 
     async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
         """See the port."""
-        if declared.size_bytes is not None and declared.size_bytes <= _SMALL_BYTES:
+        if declared.size_bytes is not None and declared.size_bytes <= READ_FIRST_BYTES:
             return await self._store_small(Intake(body, declared=declared, max_bytes=max_bytes), declared.size_bytes)
         plan = PartPlan(self._part_bytes, self._held_bytes, declared.size_bytes, self._max_parts)
         pace = Pace(body, lambda: self._memory.contended, size=len, look_seconds=self._look_seconds)
@@ -167,7 +165,7 @@ class S3BlobStore:
         with self._memory.share() as share:
             if plan.relayed(1):
                 return await self._store_parts(intake, None, declared, plan, share)
-            await self._await_turn(share, plan.size(1))
+            await share.take_in_turn(plan.size(1), seconds=self._turn_seconds)
             async with pace:
                 return await self._store_held(intake, declared, plan, share)
 
@@ -357,15 +355,6 @@ class S3BlobStore:
             await self._direct.close()
         await self._requests.close()
 
-    async def _await_turn(self, share: Share, amount: int) -> None:
-        await share.take_in_turn(
-            amount,
-            others="uploads under way",
-            nothing="stored",
-            retry_after=_RETRY_SECONDS,
-            seconds=self._turn_seconds,
-        )
-
     async def _store_small(self, intake: Intake, size: int) -> StoredBlob:
         """Store a body that is read at once. It holds memory while it is sent, never while its client is slow."""
         data = await intake.take(size)
@@ -373,7 +362,7 @@ class S3BlobStore:
             await intake.take(1)  # longer than declared: says so
         digests = await intake.digests()
         with self._memory.share() as share:
-            await self._await_turn(share, max(1, size))
+            await share.take_in_turn(max(1, size), seconds=self._turn_seconds)
             return await self.store_bytes(data, digests)
 
     async def _store_held(self, intake: Intake, declared: Declared, plan: PartPlan, share: Share) -> StoredBlob:
