@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.chart.helm import CHART, VALUES, helm_binary, template, value_sets
-from tests.documents import every_block
+from tests.documents import blocks
 from tests.services.install import go_module, kubernetes_binaries
 from tests.services.kubernetes import Cluster, run_with_output
 from tests.services.process import wait_until
@@ -27,6 +27,7 @@ PROMETHEUS_OPERATOR = ("github.com/prometheus-operator/prometheus-operator", "v0
 KEDA = ("github.com/kedacore/keda/v2", "v2.21.0")
 NODES = {f"node-{number}": f"zone-{number % 3}" for number in range(6)}
 SELECTOR = "app.kubernetes.io/name=artifact-store,app.kubernetes.io/component={}"
+GUIDES_NAME = "artifact-store"  # of the release in the guide
 SECONDS = 90.0
 
 
@@ -50,6 +51,34 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         started.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
         started.add_nodes(NODES)
         yield started
+
+
+@pytest.fixture(scope="module")
+def volumes(cluster: Cluster) -> None:
+    """Eight volumes for states."""
+    cluster.apply(
+        {
+            "apiVersion": "storage.k8s.io/v1",
+            "kind": "StorageClass",
+            "metadata": {"name": "fast"},
+            "provisioner": "kubernetes.io/no-provisioner",
+            "volumeBindingMode": "WaitForFirstConsumer",
+        },
+        *(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": f"state-{number}"},
+                "spec": {
+                    "capacity": {"storage": "4Gi"},
+                    "accessModes": ["ReadWriteOnce"],
+                    "storageClassName": "fast",
+                    "hostPath": {"path": f"/state-{number}"},
+                },
+            }
+            for number in range(8)
+        ),
+    )
 
 
 @pytest.fixture
@@ -76,10 +105,16 @@ class Store:
         command = [str(helm_binary()), "--namespace", self.namespace, *map(str, arguments)]
         return run_with_output(command, {**own, "KUBECONFIG": str(self.cluster.kubeconfig)})
 
-    def shell(self, script: str) -> str:
-        """What commands of a guide print that call `helm` and `kubectl`. Raises CalledProcessError."""
+    def run_of_guide(self, block: str, values: str = "") -> None:
+        """Run a block of the guide in this namespace, on the release that it names. Raises CalledProcessError."""
+        folder = self.cluster.folder / self.namespace
+        folder.mkdir(exist_ok=True)
+        (folder / "values.yaml").write_text(values, encoding="utf-8")
         path = f"{helm_binary().parent}:{kubernetes_binaries()}:{os.environ['PATH']}"
-        return run_with_output(["/bin/sh", "-ec", script], {"PATH": path, "KUBECONFIG": str(self.cluster.kubeconfig)})
+        environment = {"PATH": path, "KUBECONFIG": str(self.cluster.kubeconfig), "HOME": str(folder)}
+        script = blocks("docs/operating.md")[block].replace("--namespace store", f"--namespace {self.namespace}")
+        script = script.replace("values.yaml", str(folder / "values.yaml")).replace("helm/artifact-store", str(CHART))
+        run_with_output(["/bin/sh", "-ec", script], environment)
 
     def deploy(self, verb: str, *values: str, base: Path = VALUES / "default.yaml") -> None:
         """Install or upgrade with these values (`--set`), and wait until all pods are ready."""
@@ -190,9 +225,8 @@ def test_pods_stand_on_different_nodes_and_zones_with_their_priority(store: Stor
 
 
 def test_the_guides_other_job_runs_beside_the_release(store: Store) -> None:
-    (script,) = (text for _, text in every_block("docs/operating.md") if "get hooks" in text)
-    store.helm("install", "artifact-store", CHART, "--wait", "--timeout=300s", "--values", VALUES / "default.yaml")
-    store.shell(script.replace("--namespace store", f"--namespace {store.namespace}"))
+    store.helm("install", GUIDES_NAME, CHART, "--wait", "--timeout=300s", "--values", VALUES / "default.yaml")
+    store.run_of_guide("job")
     (job,) = store.cluster.find("batch/v1/jobs", store.namespace)
     assert (job["metadata"]["name"], job["status"]["succeeded"]) == ("artifact-store-verify", 1)
 
@@ -288,45 +322,35 @@ def test_a_scaler_that_is_turned_on_finds_the_pods_that_there_were(store: Store)
     assert ready.seen == 5
 
 
+@pytest.mark.usefixtures("volumes")
+def test_gateways_take_requests_while_their_state_moves_to_volumes(store: Store) -> None:
+    values = (VALUES / "default.yaml").read_text(encoding="utf-8")
+    store.helm("install", GUIDES_NAME, CHART, "--wait", "--timeout=300s", "--values", VALUES / "default.yaml")
+    with Least(store, "gateway") as gateways:
+        store.run_of_guide("volumes", f"{values}\n  persistentState: {{storageClassName: fast}}\n")
+    assert gateways.seen >= 2
+    store.await_pods("gateway", 2)
+    assert {pod["metadata"]["name"] for pod in store.pods("gateway")} == {f"artifact-store-gateway-{n}" for n in (0, 1)}
+    store.helm("upgrade", GUIDES_NAME, CHART, "--wait", "--timeout=300s", "--reuse-values", "--set=service.port=81")
+
+
+@pytest.mark.usefixtures("volumes")
 def test_state_stays_with_its_gateway_and_an_upgrade_leaves_the_scaler_its_number(store: Store) -> None:
-    store.cluster.apply(
-        {
-            "apiVersion": "storage.k8s.io/v1",
-            "kind": "StorageClass",
-            "metadata": {"name": "fast"},
-            "provisioner": "kubernetes.io/no-provisioner",
-            "volumeBindingMode": "WaitForFirstConsumer",
-        },
-        *(
-            {
-                "apiVersion": "v1",
-                "kind": "PersistentVolume",
-                "metadata": {"name": f"state-{number}"},
-                "spec": {
-                    "capacity": {"storage": "4Gi"},
-                    "accessModes": ["ReadWriteOnce"],
-                    "storageClassName": "fast",
-                    "hostPath": {"path": f"/state-{number}"},
-                },
-            }
-            for number in range(4)
-        ),
-    )
     store.deploy("install", base=VALUES / "scaled.yaml")
 
-    def volumes() -> dict[str, str]:
-        claims = store.cluster.find("v1/persistentvolumeclaims", store.namespace)
-        return {claim["metadata"]["name"]: claim["spec"].get("volumeName", "") for claim in claims}
+    def claims() -> dict[str, str]:
+        found = store.cluster.find("v1/persistentvolumeclaims", store.namespace)
+        return {claim["metadata"]["name"]: claim["spec"].get("volumeName", "") for claim in found}
 
     store.await_pods("gateway", 2)  # the scaler's least; a workload whose scaler says nothing yet has one
-    first = volumes()
+    first = claims()
     assert first.keys() == {f"state-shelf-artifact-store-gateway-{number}" for number in range(2)}
     assert all(first.values())
     (node,) = (p["spec"]["nodeName"] for p in store.pods("gateway") if p["metadata"]["name"].endswith("-0"))
     store.cluster.kubectl("drain", node, "--delete-emptydir-data", "--timeout=120s")
     store.await_pods("gateway", 2)
     assert node not in store.nodes("gateway")
-    assert volumes() == first
+    assert claims() == first
     store.scale("statefulset/shelf-artifact-store-gateway", 4)
     store.await_pods("gateway", 4)
     store.deploy("upgrade", "settings.ARTIFACT_STORE_LOG_LEVEL=debug", base=VALUES / "scaled.yaml")
