@@ -44,7 +44,7 @@ from artifact_store.errors import CommandReusedError, ConflictError, InvalidPosi
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from services.runtime.clock import Clock, system_clock
-from services.views.bulk import delete_rows, find_rows, insert_rows, update_rows
+from services.views.bulk import delete_rows, find_rows, insert_rows, on_postgresql, update_rows
 from services.views.database import Views, add_missing_columns
 from services.webhooks.messages import new_secret
 
@@ -60,6 +60,9 @@ KEPT_DELIVERIES = 500
 _MOST_SECRETS = 5
 _NAMESPACE = UUID("0b2f6a4e-6f0d-4b55-9f0c-53f1f7b0a1d2")
 _MICROS = 1_000_000
+_FROZEN_SECONDS = 20
+"""PostgreSQL ends a save whose process says nothing for this long: whoever takes over needs the rows that it holds."""
+
 _LOCK = 0x77656268  # any number, the same for every process of ours
 
 metadata = MetaData()
@@ -580,6 +583,9 @@ class Subscriptions:
         cursors = webhook_cursors.c
         try:
             async with self._views.writing() as connection:
+                if on_postgresql(connection):
+                    idle = f"SET LOCAL idle_in_transaction_session_timeout = '{_FROZEN_SECONDS}s'"
+                    await connection.execute(text(idle))
                 ids = [one.subscription_id for one in progress]
                 columns = (cursors.subscription_id, cursors.epoch, cursors.deliveries)
                 rows = await find_rows(connection, columns, ids, lock=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import select, text
 
+from artifact_store.errors import UnavailableError
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from services.config import Settings
@@ -37,7 +40,13 @@ ME = uuid4()
 
 @pytest.fixture
 async def kept(views: Views) -> Subscriptions:
+    """On both databases."""
+    return await claimed(views)
+
+
+async def claimed(views: Views) -> Subscriptions:
     """Subscriptions whose progress ME saves."""
+    await views.migrate()
     await create_tables(views)
     found = Subscriptions(views)
     assert await found.claim(ME, await found.beat())
@@ -134,27 +143,25 @@ async def until_sending_stops(on: Stage, receiver: Receiver) -> int:
     return events
 
 
-async def break_off_what_waits(views: Views) -> None:
-    """End the connections that wait for a lock; there is at least one, or there will be."""
-    query = text(
-        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-        "WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    )
+async def until_a_save_waits(views: Views, *, and_end_it: bool = False) -> None:
+    """Wait until a connection waits for a lock of PostgreSQL's."""
+    found = "pg_terminate_backend(pid)" if and_end_it else "pid"
+    query = f"SELECT {found} FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
-    async def broken() -> bool:
+    async def waits() -> bool:
         async with views.reading() as connection:
-            return bool((await connection.execute(query)).scalar_one())
+            return bool((await connection.execute(text(query))).all())
 
-    await until(broken, SECONDS, "no save waits")
+    await until(waits, SECONDS, "no save waits")
 
 
 async def test_a_save_that_is_late_or_lost_stops_sending_and_repeats_nothing(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    embedded_settings: Settings, views_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deliverer, "LATE_SECONDS", 0.5)
     monkeypatch.setattr(deliverer, "_BEAT_SECONDS", 0.1)
     monkeypatch.setattr(deliverer, "_SAVE_SECONDS", 0.1)
-    async with stage(settings) as on, receiving() as receiver:
+    async with stage(replace(embedded_settings, views_url=views_url)) as on, receiving() as receiver:
         views = on.gateway.parts.views
         subscription = await on.subscribe(receiver)
         async with delivering(on):
@@ -164,7 +171,7 @@ async def test_a_save_that_is_late_or_lost_stops_sending_and_repeats_nothing(
             async with cursors_held(views):
                 events = await until_sending_stops(on, receiver)
                 if views.dialect == "postgresql":
-                    await break_off_what_waits(views)
+                    await until_a_save_waits(views, and_end_it=True)
             await receiver.has(events)
             assert (await Subscriptions(views).beat()).holder == holder
         assert max(one["number"] for one in await on.deliveries(subscription)) == events
@@ -174,25 +181,58 @@ async def test_a_save_that_is_late_or_lost_stops_sending_and_repeats_nothing(
 @pytest.mark.services
 async def test_neither_a_beat_nor_a_gateway_waits_for_a_save(postgres_url: str) -> None:
     views = Views(postgres_url)
-    await views.migrate()
-    await create_tables(views)
-    kept = Subscriptions(views)
-    assert await kept.claim(ME, await kept.beat())
+    kept = await claimed(views)
     made = await subscribed(kept)
     async with cursors_held(views):
         saving = asyncio.create_task(kept.save(ME, [progress(made, 1, 1)]))
-        waiting = text(
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
-
-        async def waits() -> bool:
-            async with views.reading() as connection:
-                return bool((await connection.execute(waiting)).scalar_one())
-
-        await until(waits, SECONDS, "the save does not wait")
+        await until_a_save_waits(views)
         async with asyncio.timeout(SECONDS):
             assert await kept.renew(ME)
             await subscribed(kept)
         assert not saving.done()
     assert await saving
+    await views.close()
+
+
+class Freezing(dict[UUID, HeldPackage]):
+    """Held packages; whoever comes to save them stands still with its thread, as a process does that is stopped."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.thaws = threading.Event()
+
+    def values(self) -> Any:
+        self.reached.set()
+        assert self.thaws.wait(60)
+        return super().values()
+
+
+@pytest.mark.services
+async def test_a_process_that_freezes_within_a_save_holds_up_nobody_who_takes_over(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.webhooks.subscriptions._FROZEN_SECONDS", 1)
+    views, frozen = Views(postgres_url), Freezing()
+    kept = await claimed(views)
+    made = await subscribed(kept)
+
+    async def save() -> None:
+        of_thread = Views(postgres_url)
+        try:
+            await Subscriptions(of_thread).save(ME, [replace(progress(made, 1, 1), held=frozen)])
+        finally:
+            await of_thread.close()
+
+    saving = asyncio.create_task(asyncio.to_thread(asyncio.run, save()))
+    try:
+        assert await asyncio.to_thread(frozen.reached.wait, SECONDS)
+        other = uuid4()
+        async with asyncio.timeout(SECONDS):
+            assert await kept.claim(other, await kept.beat())
+            assert await kept.save(other, [progress(made, 1, 2)])
+    finally:
+        frozen.thaws.set()
+    with pytest.raises(UnavailableError):
+        await saving
+    assert await numbers(kept, made) == [2, 1]
     await views.close()
