@@ -1,4 +1,7 @@
-"""Readiness: whether a gateway can take writes. Probes and metrics share one check."""
+"""Readiness: whether a gateway can take writes; and whether somebody delivers what subscribers wait for.
+
+Probes and metrics share one check.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pydantic import BaseModel
 
 from artifact_store.errors import ArtifactStoreError
 from services.runtime.processes import wait_for_stop
+from services.webhooks.subscriptions import Heartbeat, Subscriptions
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +110,36 @@ class ReadyAnswers:
                 _log.exception("a readiness check failed")
                 for name in COMPONENTS:
                     show(name, False)
+            await wait_for_stop(stop, WATCH_SECONDS)
+
+
+class Deliveries:
+    """Whether a process delivers to the active subscriptions. Belongs to one event loop."""
+
+    def __init__(self, store: Subscriptions, heartbeat: Heartbeat | None = None) -> None:
+        self._store = store
+        self._heartbeat = heartbeat or Heartbeat()
+
+    async def unserved(self) -> int | None:
+        """How many are active while nobody delivers, else 0; None: the database gave no answer in CHECK_SECONDS.
+
+        That a process has vanished takes several looks, LAPSE_SECONDS apart.
+        """
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                lapsed = self._heartbeat.has_lapsed(await self._store.beat())
+                return await self._store.active() if lapsed else 0
+        except (ArtifactStoreError, TimeoutError):
+            return None
+
+    async def watch(self, show: Callable[[int | None], None], stop: asyncio.Event) -> None:
+        """Call `show` with it every WATCH_SECONDS, until `stop` is set."""
+        while not stop.is_set():
+            try:
+                show(await self.unserved())
+            except Exception:  # noqa: BLE001 - as above
+                _log.exception("a look at the deliveries of webhooks failed")
+                show(None)
             await wait_for_stop(stop, WATCH_SECONDS)
 
 

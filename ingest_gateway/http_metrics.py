@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from services.runtime.metrics import new_registry
 
@@ -24,6 +26,22 @@ class _Series(NamedTuple):
     seconds: Histogram | None
     received: Counter
     sent: Counter
+
+
+class _Deliveries(Collector):
+    """Nothing of what cannot be found out now: an old number would look like a good one."""
+
+    unserved: int | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily(
+            "artifact_store_webhook_unserved_subscriptions",
+            "Active subscriptions while no process delivers to them, 0 while one does; absent while the database does "
+            "not answer",
+        )
+        if self.unserved is not None:
+            gauge.add_metric([], self.unserved)
+        yield gauge
 
 
 class Metrics:
@@ -75,6 +93,8 @@ class Metrics:
             ("component",),
             registry=self.registry,
         )
+        self._deliveries = _Deliveries()
+        self.registry.register(self._deliveries)
         self._lag = Gauge(
             "artifact_store_event_loop_lag_seconds",
             "How late the event loop runs. More than 0.1 s for long means that the process is overloaded",
@@ -120,6 +140,10 @@ class Metrics:
     def component(self, name: str, works: bool) -> None:
         """Show whether a component of the process works."""
         self._up.labels(name).set(works)
+
+    def unserved(self, subscriptions: int | None) -> None:
+        """Show how many subscriptions nobody delivers to; nothing of it while that is unknown."""
+        self._deliveries.unserved = subscriptions
 
     def answered(
         self, route: str, method: str, status: int, seconds: float, received: int, sent: int, *, timed: bool = True

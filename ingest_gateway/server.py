@@ -26,7 +26,7 @@ from artifact_store.errors import ArtifactStoreError, ConfigurationError, Unavai
 from ingest_gateway.admission import Bounds, Places, Quota, connections_within
 from ingest_gateway.app import App
 from ingest_gateway.gateway import Authenticate, Logins, Subscribing, believe, nowhere
-from ingest_gateway.health import Checks
+from ingest_gateway.health import Checks, Deliveries
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
@@ -203,7 +203,9 @@ async def listening(
     )
     await apart.setup()
     lag, stopped = asyncio.create_task(metrics.watch_loop()), asyncio.Event()
-    watching = asyncio.create_task(app.gateway.ready.watch(metrics.component, stopped))
+    watching = [asyncio.create_task(app.gateway.ready.watch(metrics.component, stopped))]
+    if subscribing is not None:
+        watching.append(asyncio.create_task(Deliveries(subscribing.store).watch(metrics.unserved, stopped)))
     try:
         async with siblings.telling() if siblings is not None else nullcontext():
             if metrics_at is not None and (member is None or member.number == 1):  # it has the metrics of all
@@ -225,7 +227,7 @@ async def listening(
         stopped.set()
         await runner.cleanup()
         await apart.cleanup()
-        await watching
+        await asyncio.gather(*watching)
 
 
 def _server_context(settings: Settings) -> ssl.SSLContext | None:

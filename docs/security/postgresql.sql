@@ -45,7 +45,7 @@ GRANT SELECT ON ALL TABLES IN SCHEMA public
   TO artifact_store_gateway, artifact_store_verify, artifact_store_webhooks;
 
 -- Subscriptions belong to no view: gateways change them, the process `webhooks` saves what it delivered, and nobody else
--- reads their secrets.
+-- reads their secrets. `doctor` and `status` count subscriptions, and look whether a process delivers.
 DO $$
 DECLARE name text;
 BEGIN
@@ -54,4 +54,8 @@ BEGIN
     EXECUTE format(
       'GRANT SELECT, INSERT, UPDATE, DELETE ON %I TO artifact_store_gateway, artifact_store_webhooks', name);
   END LOOP;
+  IF to_regclass('public.webhook_deliverer') IS NOT NULL THEN
+    GRANT SELECT (state) ON webhook_subscriptions TO artifact_store_verify;
+    GRANT SELECT ON webhook_deliverer TO artifact_store_verify;
+  END IF;
 END $$;

@@ -21,6 +21,7 @@ from services.cli.command import answer, common_options, invocation, run, say, s
 from services.cli.status import (
     build_note,
     certificate_notes,
+    deliveries,
     endpoint,
     irregular,
     processes,
@@ -42,6 +43,7 @@ _ADDRESSES = {
     "views": "ARTIFACT_STORE_VIEWS_URL",
     "groups": "ARTIFACT_STORE_LOG_URL",
     "projections": "ARTIFACT_STORE_LOG_URL",
+    "webhooks": "ARTIFACT_STORE_VIEWS_URL",
     "gateways": "ARTIFACT_STORE_LOG_URL",
     "partitions": "ARTIFACT_STORE_LOG_URL",
     "identity": "ARTIFACT_STORE_POLICY",
@@ -120,6 +122,8 @@ async def _examine() -> list[Finding]:
     if not log.away and views_work:
         further += [await _looked("projections", _projections, settings), await _looked("groups", _groups, settings)]
     findings += [found for found in further if not found.wrong or found.wrong != log.wrong]  # said once
+    if views_work and not is_embedded(settings):
+        findings.append(await _looked("webhooks", _webhooks, settings))
     if settings.url is not None:
         findings.append(await _looked("gateway", _gateway, settings))
     if files := settings.certificates():
@@ -133,6 +137,7 @@ def _import_what_looks_need(*, embedded: bool) -> None:
     """Import before the time of a look runs: it takes a second, and a minute on a machine that has too much to do."""
     names = ["artifact_store.documents.times", "services.identity.oidc", "services.identity.static_tokens"]
     names += ["services.blobs.open", "services.views.engine.parking", "services.views.queries"]
+    names += ["services.webhooks.subscriptions"]
     names += ["services.log.sqlite"] if embedded else ["services.log.kafka", "ingest_gateway.peers.forwarding"]
     for name in names:
         importlib.import_module(name)
@@ -317,6 +322,23 @@ async def _groups(settings: Settings, finding: Finding) -> None:
             position = await Queries(views).checkpoint(name)
             if (note := await group_note(log, name, position or stands)) is not None:
                 finding.remarks.append(f"{name}: {note}")
+
+
+async def _webhooks(settings: Settings, finding: Finding) -> None:
+    """Whether somebody delivers to subscriptions. Who may not look at them says so and finds nothing wrong."""
+    from services.wiring import open_views
+
+    views = open_views(settings)
+    try:
+        found = await deliveries(views)
+    finally:
+        await views.close()
+    if found["active"] is None:
+        finding.remarks.append(f"not looked at: {found['trouble']}")
+    elif found["trouble"] is not None:
+        finding.wrong.append(found["trouble"])
+    else:
+        finding.remarks.append(f"{found['active']} active subscriptions")
 
 
 async def _identity(settings: Settings, finding: Finding) -> None:

@@ -64,6 +64,9 @@ def status() -> None:
     if found["writers"] is None:
         say("\nthe log is a file: whoever writes holds its lock")
         return
+    if (delivered := found["webhooks"]) is not None and (delivered["active"] or delivered["trouble"]):
+        say("")
+        say_wrapped(delivered["trouble"] or f"{delivered['active']} active subscriptions", first="webhooks: ", indent=2)
     say("")
     table(("gateway", "release", "clock skew", "disk"), map(_process_row, found["processes"]), headed=True)
     for process in found["processes"]:
@@ -118,6 +121,7 @@ async def _status() -> dict[str, Any]:
         except (UnavailableError, ConfigurationError) as error:  # who writes is known without the views
             found, trouble = [], error.detail
         told = await asyncio.gather(processes(log, settings), writers(log, settings))
+        delivered = None if told[1] is None or trouble is not None else await deliveries(views)
         return {
             "endpoints": endpoints(settings),
             "log": str(end.log),
@@ -125,6 +129,7 @@ async def _status() -> dict[str, Any]:
             "end": str(end),
             "projections": found,
             "views_trouble": trouble,
+            "webhooks": delivered,
             "processes": told[0],
             "writers": told[1],
         }
@@ -167,6 +172,26 @@ async def projections(log: Log, views: Views, end: Position) -> list[dict[str, A
             }
         )
     return found
+
+
+async def deliveries(views: Views) -> dict[str, Any]:
+    """How many subscriptions are active, and what is wrong if nobody delivers to them.
+
+    Waits for a heartbeat of the process that delivers: 2 s as a rule, and 10 s until none counts as gone.
+    """
+    from services.webhooks.subscriptions import Heartbeat, Subscriptions
+
+    store, heartbeat = Subscriptions(views), Heartbeat()
+    try:
+        active, first = await store.active(), await store.beat()
+        found = first
+        while active and not (lapsed := heartbeat.has_lapsed(found)) and found == first:
+            await asyncio.sleep(_AGAIN_SECONDS)
+            found = await store.beat()
+    except ConfigurationError as error:  # a user of the database who may not look
+        return {"active": None, "trouble": error.detail}
+    nobody = f"no process delivers to {active} active subscriptions: start `artifact-store webhooks`"
+    return {"active": active, "trouble": nobody if active and lapsed else None}
 
 
 async def _projectors(log: KafkaLog, name: str) -> list[str]:

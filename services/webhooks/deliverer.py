@@ -36,13 +36,19 @@ from services.views.database import Views
 from services.views.queries import Queries
 from services.webhooks.messages import CONTENT_TYPE, TEST_TYPE, signed_headers, test_body
 from services.webhooks.outbox import Message, Outbox, Policy
-from services.webhooks.subscriptions import Beat, Kind, Order, Progress, State, Subscription, Subscriptions
+from services.webhooks.subscriptions import (
+    LAPSE_SECONDS,
+    Heartbeat,
+    Kind,
+    Order,
+    Progress,
+    State,
+    Subscription,
+    Subscriptions,
+)
 from services.webhooks.targets import Answer, Targets
 
 logger = logging.getLogger(__name__)
-
-LAPSE_SECONDS = 10.0
-"""After this long without a heartbeat another process may take over."""
 
 LATE_SECONDS = 5.0
 """A process that could not beat or not save for this long sends nothing new until it can, and before another may begin.
@@ -167,16 +173,12 @@ class Deliverer:
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
         """Stand by until this process may deliver. Returns False if it is told to stop first."""
-        seen: Beat | None = None
-        since = 0.0
+        heartbeat = Heartbeat()
         while not stop.is_set():
             found = await self._store.beat()
-            if seen is None or (found.holder, found.beat) != (seen.holder, seen.beat):
-                seen, since = found, time.monotonic()
-            if found.holder is None or time.monotonic() - since > LAPSE_SECONDS:
+            if heartbeat.has_lapsed(found):
                 if await self._store.claim(self._me, found):
                     return True
-                seen = None
             else:
                 await wait_for_stop(stop, _STANDBY_SECONDS)
         return False

@@ -9,7 +9,8 @@ the deliverer still has of the epoch before is dropped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -56,6 +57,9 @@ OVERLAP_SECONDS = 86_400
 
 KEPT_DELIVERIES = 500
 """How many deliveries of each subscription are kept: the newest ones."""
+
+LAPSE_SECONDS = 10.0
+"""After this long without a heartbeat another process may take over."""
 
 _MOST_SECRETS = 5
 _NAMESPACE = UUID("0b2f6a4e-6f0d-4b55-9f0c-53f1f7b0a1d2")
@@ -296,6 +300,21 @@ class Beat:
     changes: int
 
 
+class Heartbeat:
+    """Whether a process delivers, as looks at its row tell: its beat changes every 2 s."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: tuple[UUID | None, int] | None = None
+        self._since = 0.0
+
+    def has_lapsed(self, found: Beat) -> bool:
+        """Whether no process holds the row, or the beat has not changed in the looks of the last LAPSE_SECONDS."""
+        if self._seen != (found.holder, found.beat):
+            self._seen, self._since = (found.holder, found.beat), self._clock()
+        return found.holder is None or self._clock() - self._since > LAPSE_SECONDS
+
+
 async def create_tables(views: Views) -> None:
     """Create the tables and columns that are missing. Safe to repeat, also by several processes at once.
 
@@ -527,6 +546,13 @@ class Subscriptions:
             rows = await connection.execute(query.order_by(made.number.desc()).limit(limit))
             return [_delivery(row) for row in rows]
 
+    async def active(self) -> int:
+        """How many subscriptions their owners want to be served."""
+        table = webhook_subscriptions
+        count = select(func.count()).select_from(table).where(table.c.state == State.ACTIVE)
+        async with self._views.reading() as connection:
+            return (await connection.execute(count)).scalar_one()
+
     async def held(self, subscription_ids: Iterable[UUID]) -> dict[UUID, list[HeldPackage]]:
         """The packages that these subscriptions hold back, by subscription."""
         async with self._views.reading() as connection:
@@ -535,7 +561,7 @@ class Subscriptions:
     # What the deliverer does.
 
     async def beat(self) -> Beat:
-        """The deliverer's row."""
+        """The deliverer's row. A user of the database may look at it, and count, who may not see subscriptions."""
         table = webhook_deliverer.c
         async with self._views.reading() as connection:
             row = (await connection.execute(select(table.holder, table.beat, table.changes))).one()

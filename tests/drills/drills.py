@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
+import aiohttp
 import asyncpg
 
 from services.views.projections import PROJECTIONS
@@ -26,6 +27,7 @@ from tests.faults.torture.leaders import set_on_topic
 from tests.faults.torture.stage import SMALL_DISK_MIB, Part, in_thread
 from tests.integration.kafka_stage import state_about
 from tests.integration.processes import COMMAND
+from tests.integration.webhooks.receiver import Receiver, receiving
 from tests.services.process import Server
 
 ALERT_SECONDS = 60.0
@@ -441,6 +443,51 @@ async def two_releases(scene: Scene) -> AsyncIterator[None]:
 
 async def _pends(scene: Scene, alert: str) -> bool:
     return alert in await scene.pending()
+
+
+# --- webhooks ---
+
+
+@drill(
+    "nobody delivers webhooks",
+    "WebhooksStopped",
+    doctor=("WRONG  webhooks: no process delivers to 1 active subscriptions: start `artifact-store webhooks`",),
+    status=("^webhooks: no process delivers to 1 active subscriptions",),
+    runbook="Start it: each subscription goes on where it was",
+)
+async def webhooks_away(scene: Scene) -> AsyncIterator[None]:
+    """Prometheus has never heard of the process, which is killed while it delivers."""
+    webhooks = Part(scene.stage.settings, scene.stage.folder / "webhooks", "webhooks", listens=False)
+    async with receiving() as receiver, _subscribed(scene, receiver):
+        try:
+            await in_thread(webhooks.start)
+            await receiver.until(lambda: bool(receiver.accepted), ALERT_SECONDS)
+            await in_thread(webhooks.kill)
+            before = len(receiver.accepted)
+            yield
+            await in_thread(webhooks.start)
+            await receiver.until(lambda: len(receiver.accepted) > before, ALERT_SECONDS)
+            assert await scene.becomes(lambda: _served(scene), ALERT_SECONDS)
+        finally:
+            await in_thread(webhooks.kill)
+
+
+async def _served(scene: Scene) -> bool:
+    return "WebhooksStopped" not in await scene.firing() | await scene.pending()
+
+
+@asynccontextmanager
+async def _subscribed(scene: Scene, receiver: Receiver) -> AsyncIterator[None]:
+    url = f"{scene.stage.urls[0]}/v1/subscriptions"
+    async with aiohttp.ClientSession(raise_for_status=True) as session:
+        async with session.post(url, json={"url": receiver.url}) as answer:
+            made = await answer.json()
+        receiver.secrets.append(made["secret"])
+        try:
+            yield
+        finally:
+            async with session.delete(f"{url}/{made['subscription_id']}"):
+                pass
 
 
 # --- the topic ---

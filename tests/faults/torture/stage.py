@@ -284,6 +284,7 @@ def _settings(folder: Path, cluster: TorturedCluster, minio: MinioServer, postgr
         s3_access_key=minio.access_key,
         s3_secret_key=minio.secret_key,
         s3_region=REGION,
+        webhook_allow=("127.0.0.0/8",),
         views_url=postgres.url(),
         state_dir=folder / "state",
         internal_secret=SecretStr(token_hex(16)),  # commands keep a home of their own and with it a secret of their own

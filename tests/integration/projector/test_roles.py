@@ -17,6 +17,7 @@ from artifact_store.errors import ArtifactStoreError
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from projector.rebuild import replay_view
+from services.cli.status import deliveries
 from services.views.database import Views
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
@@ -129,6 +130,7 @@ async def test_gateways_and_webhooks_alone_know_subscriptions(server: TlsServer)
         assert await kept.claim(me, await kept.beat())
         assert await kept.save(me, [])
         assert [one.subscription_id for one in (await kept.load())[0]] == [made.subscription_id]
+        await kept.release(me)
         assert await packages(views) >= 0
         with pytest.raises(ArtifactStoreError):
             await catch_up(views, MemoryLog(), REGISTRY)
@@ -136,6 +138,10 @@ async def test_gateways_and_webhooks_alone_know_subscriptions(server: TlsServer)
         async with as_role(server, role) as views:
             with pytest.raises(ArtifactStoreError):
                 await Subscriptions(views).load()
+    async with as_role(server, "verify") as views:  # `doctor` and `status` count them
+        assert "no process delivers to 1 active subscriptions" in (await deliveries(views))["trouble"]
+    async with as_role(server, "projector") as views:
+        assert (await deliveries(views))["active"] is None
 
 
 async def test_no_role_gets_in_without_tls(server: TlsServer) -> None:
