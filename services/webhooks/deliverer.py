@@ -7,6 +7,7 @@ database answers late stays: it sends nothing new until it has beaten and saved,
 One tail reads the newest events and keeps them for a while. A subscription that is further behind reads the log itself
 until it can join the tail; a few do so at a time. A subscription without room leaves the tail and costs nothing until
 it has room again. Progress is saved once a second. If the process dies, what was delivered since is delivered again.
+A process that cannot read the log stands by, so that one that can may deliver.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ _LOOK_SECONDS = 0.5
 _RIGHTS_SECONDS = 1.0
 _STANDBY_SECONDS = 2.0
 _AGAIN_SECONDS = 5.0
+_BLIND_SECONDS = 10.0
+"""After this long without the log a process stands by."""
+
 _END_SECONDS = 5.0
 
 _KEPT_EVENTS = 5_000
@@ -143,6 +147,7 @@ class Deliverer:
         clock: Clock = system_clock,
     ) -> None:
         """`targets` must be open."""
+        self._log = log
         self._store = Subscriptions(views, clock)
         self._metrics = metrics or DeliveryMetrics()
         self._me = uuid4()
@@ -172,11 +177,12 @@ class Deliverer:
             await wait_for_stop(stop, pause)
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
-        """Stand by until this process may deliver. Returns False if it is told to stop first."""
+        """Stand by until this process may deliver and can read the log. Returns False if it is told to stop first."""
         heartbeat = Heartbeat()
         while not stop.is_set():
             found = await self._store.beat()
             if heartbeat.has_lapsed(found):
+                await self._log.end()
                 if await self._store.claim(self._me, found):
                     return True
             else:
@@ -190,7 +196,7 @@ class Deliverer:
         ending = asyncio.create_task(stop.wait())
         try:
             async with asyncio.TaskGroup() as tasks:
-                works = (lead.beat(), lead.follow(), lead.watch(), lead.save_regularly())
+                works = (lead.beat(), lead.look_at_log(), lead.follow(), lead.watch(), lead.save_regularly())
                 working = [tasks.create_task(work) for work in works]
                 await asyncio.wait([ending, *working], return_when=asyncio.FIRST_COMPLETED)
                 for task in working:
@@ -282,6 +288,18 @@ class _Lead:
         while time.monotonic() - min(self._beaten_at, self._saved_at) > LATE_SECONDS:
             self._on_time.clear()
             await self._on_time.wait()
+
+    async def look_at_log(self) -> None:
+        """Raise _LostError once the log has not answered for _BLIND_SECONDS: another process may reach it."""
+        answered = time.monotonic()
+        while True:
+            try:
+                await self._log.end()
+                answered = time.monotonic()
+            except ArtifactStoreError as error:
+                if time.monotonic() - answered > _BLIND_SECONDS:
+                    raise _LostError(f"another process may deliver: {error.detail}") from None
+            await asyncio.sleep(_AGAIN_SECONDS)
 
     # Subscriptions.
 
