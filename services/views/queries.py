@@ -24,6 +24,7 @@ from sqlalchemy import (
     Uuid,
     and_,
     any_,
+    bindparam,
     false,
     literal,
     or_,
@@ -142,6 +143,12 @@ _FOUND_FILES = (
     .outerjoin(storage_locations, storage_locations.c.artifact_file_id == artifact_files.c.id)
     .order_by(artifact_files.c.id, storage_locations.c.id)
 )
+_FOUND_FILES_ON = {
+    # An array is one parameter, so that PostgreSQL sees one statement for any number of files.
+    "postgresql": _FOUND_FILES.where(artifact_files.c.id == any_(bindparam("ids", type_=postgresql.ARRAY(Uuid)))),
+    "sqlite": _FOUND_FILES.where(artifact_files.c.id.in_(bindparam("ids", expanding=True))),
+}
+"""The files of some `ids` with their locations, by dialect."""
 
 
 class Queries:
@@ -226,17 +233,12 @@ class Queries:
         return await self._lookups.find(self._scope, file_id)
 
     async def _found_files(self, file_ids: Set[UUID]) -> dict[UUID, FoundFile]:
-        files = artifact_files.c
-        if self._views.dialect == "postgresql":  # an array is one parameter, so the statement stays the same
-            wanted = files.id == any_(literal(list(file_ids), postgresql.ARRAY(Uuid)))
-        else:
-            wanted = files.id.in_(file_ids)
-        query = _FOUND_FILES.where(wanted, *self._visible(files.package_id))
+        query = _FOUND_FILES_ON[self._views.dialect].where(*self._visible(artifact_files.c.package_id))
         found: dict[UUID, FoundFile] = {}
-        for row in await self._all(query):
-            known = found.get(row.id) or FoundFile(_file(row), ())
+        for row in await self._all(query, {"ids": list(file_ids)}):
+            known = found.get(row.id)
             place = () if row.key is None else ((row.key, row.offset),)
-            found[row.id] = FoundFile(known.file, (*known.places, *place))
+            found[row.id] = FoundFile(_file(row), place if known is None else known.places + place)
         return found
 
     async def file_at(self, package_id: UUID, relative_path: str) -> File | None:
@@ -399,9 +401,9 @@ class Queries:
             .limit(NEWEST_PACKAGES)
         )
 
-    async def _all(self, query: Select[Any]) -> Sequence[Row[Any]]:
+    async def _all(self, query: Select[Any], values: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
         async with self._views.reading(single=True) as connection:
-            found: Sequence[Row[Any]] = (await connection.execute(query)).all()
+            found: Sequence[Row[Any]] = (await connection.execute(query, values)).all()
         return found
 
     async def _one(self, query: Select[Any]) -> Row[Any] | None:
