@@ -142,6 +142,9 @@ async def get_content(call: Call) -> web.StreamResponse:
         headers["Content-Range"] = part.content_range
     if length == 0:
         return bytes_answer(b"", headers.pop("Content-Type"), headers=headers)
+    if part is None and length <= _AT_ONCE_BYTES and request.method == "GET":
+        body = await call.registry.read_held(found)
+        return bytes_answer(body, headers.pop("Content-Type"), headers=headers)
     status = 200 if part is None else 206
     response = web.StreamResponse(status=status, headers=headers)
     response.content_length = length

@@ -25,7 +25,8 @@ from services.blobs.port import BlobStore
 Place = tuple[str, int]
 """Key and offset."""
 
-_HELD_BYTES = 1 << 20  # as much as one chunk may have
+HELD_BYTES = 1 << 20
+"""As much as one chunk may have."""
 _BEGUN = b""
 """What a generator gives first, so that it has begun before it is handed on."""
 _log = logging.getLogger(__name__)
@@ -51,23 +52,33 @@ class SoundReads:
         Raises (here or on iteration): CorruptError: no place has them, or this one turned out to have others.
             UnavailableError.
         """
+        if size <= HELD_BYTES:
+            data = await self.held(places, digest, size)
+            return from_any((data,) if data else ())
         missing: CorruptError | UnavailableError | None = None
         for place in self._ordered(places):
             try:
-                held = await self._hot.read(*place, size)
-                if held is not None and blake3(held).digest() == digest:
-                    return from_any((held,))
-                if held is not None:
-                    self._hot.forget(place[0])  # it may have been repaired meanwhile
-                chunks = await _begun(self._read(place, 0, size))
-                if size > _HELD_BYTES:
-                    return await _begun(self._checked(place, digest, chunks))
-                data = await joined(chunks)
+                return await _begun(self._checked(place, digest, await _begun(self._read(place, 0, size))))
             except (CorruptError, UnavailableError) as error:  # one that the store cannot give is not all there is
+                missing = missing or error
+        raise _reported(missing)
+
+    async def held(self, places: Sequence[Place], digest: bytes, size: int) -> bytes:
+        """As `whole`, at once: of a file that has at most HELD_BYTES. Raises as `whole`."""
+        missing: CorruptError | UnavailableError | None = None
+        for place in self._ordered(places):
+            try:
+                data = await self._hot.read(*place, size)
+                if data is not None and blake3(data).digest() == digest:
+                    return data
+                if data is not None:
+                    self._hot.forget(place[0])  # it may have been repaired meanwhile
+                data = await joined(self._read(place, 0, size))
+            except (CorruptError, UnavailableError) as error:
                 missing = missing or error
                 continue
             if blake3(data).digest() == digest:
-                return from_any((data,) if data else ())
+                return data
             missing = missing or self._mistrust(place)
         raise _reported(missing)
 

@@ -190,7 +190,7 @@ class _Page:
             data = held[2][at : at + file.size_bytes]
             if blake3(data).digest() == file.blake3:
                 return data
-        return await joined(await self._reads.whole(places(file), file.blake3, file.size_bytes))
+        return await self._reads.held(places(file), file.blake3, file.size_bytes)
 
     async def _load(self, key: str) -> tuple[str, int, bytes] | None:
         """The whole span of a blob, if it pays and was not read for this page before."""

@@ -50,6 +50,7 @@ from schemas.runs import StoredFile
 from services.blobs.packs import Placed, SharedPacks, is_small
 from services.blobs.port import BlobStore, StoredBlob
 from services.blobs.resumable.uploads import ResumableUploads
+from services.blobs.verified_reads import Place
 from services.core.access import EVERYTHING, EVERYWHERE, Grants, Principal, Right, Scope
 from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
@@ -504,10 +505,13 @@ class DirectRegistry(Registry):
         if offset > file.size_bytes or (offset == file.size_bytes and offset > 0):
             raise RangeNotSatisfiableError(f"the file has {file.size_bytes:,} bytes", file.size_bytes)
         wanted = min(file.size_bytes - offset, file.size_bytes if length is None else length)
-        places = (*found.places, (content_key(file.blake3), 0))
         if wanted == file.size_bytes:
-            return await self._bundles.reads.whole(places, file.blake3, wanted)
-        return await self._bundles.reads.part(places, offset, wanted)
+            return await self._bundles.reads.whole(_places(found), file.blake3, wanted)
+        return await self._bundles.reads.part(_places(found), offset, wanted)
+
+    async def read_held(self, found: FoundFile) -> bytes:
+        """All bytes of a file that `find_content` has found, of at most HELD_BYTES. Raises as `open_content`."""
+        return await self._bundles.reads.held(_places(found), found.file.blake3, found.file.size_bytes)
 
     async def get_manifest_bytes(
         self,
@@ -680,6 +684,11 @@ class DirectRegistry(Registry):
         if await asyncio.to_thread(manifest_digest, data) != digest.digest:
             raise CorruptError(f"the blob of manifest {digest} does not hold the bytes that were acknowledged")
         return data
+
+
+def _places(found: FoundFile) -> tuple[Place, ...]:
+    """Where its bytes may lie: at the places that the view knows, or by themselves."""
+    return (*found.places, (content_key(found.file.blake3), 0))
 
 
 def _check_limit(limit: int) -> None:
