@@ -31,8 +31,9 @@ test-fast: lint ## Lint, types and the quick tests of parts that need no service
 	@$(PYTHON) -m pytest -n 2 --dist loadfile -m "not services and not processes and not slow and not endurance" tests/unit tests/contract
 
 .PHONY: endurance
-endurance: $(DEV) ## The tests that take long, on real services; FUZZ_SECONDS=seconds for each decoder (600)
+endurance: $(DEV) ## The tests that take long, then the others on SeaweedFS; FUZZ_SECONDS=seconds for each decoder (600)
 	@$(SERVICES) run -- $(PYTHON) -m pytest -m endurance --timeout=0
+	@$(SERVICES) run --store seaweedfs -- $(PYTHON) -m pytest -n 2 --dist loadfile -m "services and not endurance" --ignore=tests/chart
 
 .PHONY: schemas
 schemas: $(DEV) ## Whether all versions of all events can be read beside each other, each with its golden files
