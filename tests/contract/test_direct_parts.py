@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -32,9 +33,10 @@ from services.blobs.s3.store import S3BlobStore
 from services.config import Settings
 from services.runtime.clock import system_clock
 from services.wiring import open_blobs
-from tests.buckets import direct_settings
+from tests.buckets import Bucket, direct_settings
 from tests.contract.blobs_stage import LIMIT, MUCH, PART, Stage, declared, endpoint, objects, s3_store, some_bytes
 from tests.contract.resumable_stage import PACKAGE, Clock, CutError, Log, Scene, check_recorded, cut, new, send
+from tests.services.minio import MinioServer
 from tests.services.process import free_ports
 
 pytestmark = [pytest.mark.services, MUCH]
@@ -328,14 +330,17 @@ async def test_a_store_that_clients_could_not_use_is_found_before_one_is_sent_to
 
 
 async def test_a_key_by_which_a_part_could_become_a_copy_of_any_object_is_not_used(
-    s3_bucket: dict[str, Any], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """MinIO takes headers that were not signed: there, the gateway's own key must not sign for clients."""
-    settings = Settings(**s3_bucket, s3_public_url=s3_bucket["blobs_url"].replace("s3+", "").rpartition("/")[0])
-    store = open_blobs(settings)
-    assert isinstance(store, S3BlobStore)
-    with caplog.at_level(logging.WARNING):
-        await assert_usable(store, False)
+    with (
+        MinioServer(tmp_path / "minio") as server,
+        Bucket(server.endpoint, server.access_key, server.secret_key, server.region) as bucket,
+    ):
+        store = open_blobs(Settings(**bucket.settings, s3_public_url=f"http://{server.endpoint}"))
+        assert isinstance(store, S3BlobStore)
+        with caplog.at_level(logging.WARNING):
+            await assert_usable(store, False)
     assert "s3-direct.json" in caplog.text
 
 
