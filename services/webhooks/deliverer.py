@@ -357,6 +357,7 @@ class _Lead:
             subscription,
             held,
             policy=self._policy,
+            may_send=self._be_on_time,
             post=self._post,
             read_package=self._read_package,
             clock=self._clock,
@@ -525,7 +526,6 @@ class _Lead:
     # Requests.
 
     async def _post(self, subscription: Subscription, name: str, body: bytes) -> Answer:
-        await self._be_on_time()
         now = self._clock()
         headers = signed_headers(name, now // 1_000_000, body, subscription.signing(now))
         return await self._targets.send(subscription.url, body, {"Content-Type": CONTENT_TYPE, **headers})

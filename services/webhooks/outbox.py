@@ -80,6 +80,9 @@ class Message:
 Post = Callable[[Subscription, str, bytes], Awaitable[Answer]]
 """Sends a body under a message id. Raises NotSentError."""
 
+MaySend = Callable[[], Awaitable[None]]
+"""Returns once something may be sent, usually at once."""
+
 ReadPackage = Callable[[UUID, Position, Position], Awaitable[Sequence[Message]]]
 """Reads a package's events from the log, after one position up to another: the first ones, none when there are none.
 
@@ -123,6 +126,7 @@ class Outbox:
         held: list[HeldPackage],
         *,
         policy: Policy,
+        may_send: MaySend,
         post: Post,
         read_package: ReadPackage,
         clock: Clock,
@@ -137,6 +141,7 @@ class Outbox:
         self.taken = subscription.deliveries
         """The number of the last attempt that was saved or taken to be."""
         self._policy = policy
+        self._may_send = may_send
         self._post = post
         self._read_package = read_package
         self._clock = clock
@@ -374,8 +379,8 @@ class Outbox:
             message.partition,
             message.offset,
             attempt,
-            self._clock(),
-            0,
+            begun_at=0,
+            milliseconds=0,
         )
         failure = await self._sent(delivery, name, body)
         self._failing = failure is not None
@@ -383,8 +388,9 @@ class Outbox:
         return failure
 
     async def _sent(self, delivery: Delivery, name: str, body: bytes) -> _Failure | None:
+        await self._may_send()
         clock = asyncio.get_running_loop().time
-        began = clock()
+        begun_at, began = self._clock(), clock()
         answer: Answer | None = None
         error: str | None = None
         try:
@@ -397,6 +403,7 @@ class Outbox:
             replace(
                 delivery,
                 number=self._deliveries,
+                begun_at=begun_at,
                 milliseconds=int((clock() - began) * 1000),
                 status=None if answer is None else answer.status,
                 answer=None if answer is None or answer.text is None else answer.text.replace("\0", ""),
@@ -514,8 +521,7 @@ class Outbox:
 
     async def test(self, test_id: UUID, event_type: str, body: bytes) -> None:
         """Send this body, once."""
-        now = self._clock()
-        delivery = Delivery(Kind.TEST, test_id, event_type, None, None, None, None, 1, now, 0)
+        delivery = Delivery(Kind.TEST, test_id, event_type, None, None, None, None, 1, begun_at=0, milliseconds=0)
         await self._sent(delivery, str(test_id), body)
 
     # Saving and ending.

@@ -67,6 +67,7 @@ class Receiver:
             self.subscription,
             list(self.held.values()),
             policy=policy,
+            may_send=self._may_send,
             post=self._post,
             read_package=self._read_package,
             clock=system_clock,
@@ -111,6 +112,9 @@ class Receiver:
 
     async def _read_package(self, package_id: UUID, since: Position, until: Position) -> Sequence[Message]:
         return await self._messages(since, until, package_id)
+
+    async def _may_send(self) -> None:
+        pass
 
     async def _post(self, _: Subscription, _name: str, body: bytes) -> Answer:
         event = json.loads(body)
