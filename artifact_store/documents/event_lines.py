@@ -113,7 +113,7 @@ class _EventShape(Answer):
     created_at: TimeText
     actor: str
     principal: str | None = Field(
-        default=None, description="Who sent the command in the actor's name; in types of version 2 alone"
+        default=None, description="Who sent the command in the actor's name; only in types of version 2"
     )
     command_id: UUID
     command_index: int = Field(ge=0)

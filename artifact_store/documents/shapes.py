@@ -28,13 +28,11 @@ TimeText = Annotated[
     str,
     Field(
         pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z$",
-        description="RFC 3339, UTC, six digits",
+        description="RFC 3339, UTC, with six digits of a second",
     ),
 ]
 SequenceNumber = Annotated[int, Field(ge=1, description="Number of an event within its package")]
-DayText = Annotated[
-    str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="A day in UTC, as RFC 3339 writes it")
-]
+DayText = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="A day in UTC, as in RFC 3339")]
 Count = Annotated[int, Field(ge=0, description="How many")]
 Size = Annotated[int, Field(ge=0, description="Bytes")]
 
@@ -79,9 +77,9 @@ class NothingRequest(Request):
 WrittenAt = Annotated[
     str | None,
     Field(
-        description="`since` takes it: reading goes on after this write, and misses nothing that came after it. Events "
-        "of other packages that came in the second before may come as well. Null when it is not known, which can be so "
-        "in the answer to a repeat"
+        description="With this as `since`, reading continues after this write, and misses nothing that came later. "
+        "Events of other packages from the second before may be included. Null if it is not known, as it may be in the "
+        "answer to a repeat"
     ),
 ]
 
@@ -172,8 +170,8 @@ class FileIngestedAnswer(Answer):
 class ClashingPaths(Answer):
     """Two paths of a package that differ only by case or by Unicode form."""
 
-    path: str = Field(description="Of a file")
-    other: str = Field(description="Of another file, or of a folder that files lie in")
+    path: str = Field(description="The path of a file")
+    other: str = Field(description="The path of another file, or of a folder with files in it")
 
 
 class PackageFinalizedAnswer(Answer):
@@ -185,7 +183,7 @@ class PackageFinalizedAnswer(Answer):
     event_digest: Hex32
     position: WrittenAt = None
     unportable_count: Count = Field(
-        0, description="How many paths differ from another one of the package only by case or by Unicode form"
+        0, description="How many paths differ from another path of the package only by case or Unicode form"
     )
     unportable_paths: list[ClashingPaths] = Field(
         default_factory=list,
@@ -531,8 +529,8 @@ class GrantShape(Answer):
 class WhoAmIAnswer(Answer):
     """Who the sender is, as the gateway sees it."""
 
-    actor: str = Field(description="In whose name they write: another than `principal` if `X-Actor` names one")
-    principal: str | None = Field(default=None, description="Whom the gateway takes them for")
+    actor: str = Field(description="The name in which they write; differs from `principal` if `X-Actor` names another")
+    principal: str | None = Field(default=None, description="Who they are to the gateway")
     rights: list[GrantShape]
     expires_at: TimeText | None = Field(
         description="When the token expires; null if it never does, or there is no token"

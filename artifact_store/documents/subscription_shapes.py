@@ -17,7 +17,7 @@ Since = Annotated[
     str,
     Field(
         max_length=4_096,
-        description="A position, an RFC 3339 time, or `now`, as the feed of events takes them",
+        description="A position, an RFC 3339 time, or `now`, as in `GET /v1/events`",
     ),
 ]
 
@@ -87,7 +87,7 @@ class SubscriptionAnswer(Answer):
     cause: str | None
     trouble: str | None
     created_at: TimeText
-    position: str = Field(description="All events before it are delivered, not wanted, or held back")
+    position: str = Field(description="All events before this position are delivered, do not match, or are held back")
 
 
 class HeldShape(Answer):

@@ -794,7 +794,7 @@ RELATIVE_PATH = Parameter(
     "path",
     unquoted,
     "POSIX path within the package: relative, NFC, no empty, `.` or `..` segment, no control character, at most 1,024 "
-    "bytes of UTF-8. Slashes stand as they are (an encoded one is refused); everything else may be percent-encoded.",
+    "bytes of UTF-8. Slashes are not encoded (an encoded slash is refused); everything else may be percent-encoded.",
     {"type": "string", "minLength": 1, "maxLength": 1024},
     "report.txt",
 )
@@ -831,7 +831,7 @@ LIMIT = Parameter(
     "limit",
     "query",
     _number("limit", 1, MAX_PAGE),
-    "Most items in the answer",
+    "The most items that the answer may have",
     {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": DEFAULT_PAGE},
 )
 CURSOR = Parameter("cursor", "query", str, "`next` of the previous page", {"type": "string"})
@@ -882,7 +882,7 @@ OF_TYPE = Parameter(
     "type",
     "query",
     _event_type,
-    "Only events of these types; one that this release does not know matches nothing",
+    "Only events of these types; a type that this release does not know matches nothing",
     {"type": "string", "pattern": f"^{_EVENT_TYPE.pattern}$"},
     "v1.package.finalized",
     repeats=True,
@@ -891,19 +891,19 @@ ORDER = Parameter(
     "order",
     "query",
     _one_of("order", ("log", "time")),
-    "`time`: all events by `created_at`, which takes the gateway longer. `log`: in order per package, and otherwise as "
-    "they are found. Without `follow`",
+    "`time`: all events by `created_at`, which takes the gateway longer, and only without `follow`. `log`: in order "
+    "per package, and otherwise as they are found",
     {"type": "string", "enum": ["log", "time"], "default": "log"},
 )
 MANIFESTS = _flag(
     "manifests",
-    "Whether `v1.package.finalized` holds the manifest; without, `payload_digest` is its address all the same",
+    "Whether `v1.package.finalized` holds the manifest. Its address is `payload_digest` either way",
     default=True,
 )
 POSITIONS = _flag(
     "positions",
-    'Add lines `{"type":"position","position":…}` while events are passed over. Server-sent events have them always, '
-    "as an `id` alone",
+    'Add lines `{"type":"position","position":…}` while no event matches. Server-sent events always have positions, as '
+    "an event with only an `id`",
     default=False,
 )
 OF_PACKAGE = Parameter("package_id", "query", _id("package_id"), "Only events of this package", _UUID_SCHEMA)
@@ -921,8 +921,8 @@ ACTOR = Parameter(
     names.ACTOR,
     "header",
     _text(names.ACTOR),
-    "In whose name the sender acts, in UTF-8; absent: in their own. Another's needs the right to delegate, and the "
-    "event then names both",
+    "The name in which the sender acts, in UTF-8. Absent: their own. Another name needs the right to delegate, and the "
+    "event then has both",
     _SHORT_TEXT,
 )
 CONTENT_ADDRESS = Parameter(
@@ -933,7 +933,7 @@ CONTENT_ADDRESS = Parameter(
     _ADDRESS_SCHEMA,
 )
 _DIGEST_RULES = (
-    "sha-256 or sha-512, as `sha-256=:BASE64:`. Other algorithms are ignored beside one of them, and refused without"
+    "sha-256 or sha-512, as `sha-256=:BASE64:`. Other algorithms are ignored beside one of these, and refused alone"
 )
 CONTENT_DIGEST = Parameter(
     names.CONTENT_DIGEST,
@@ -946,16 +946,16 @@ REPR_DIGEST = Parameter(
     names.REPR_DIGEST,
     "header",
     parse_digests(names.REPR_DIGEST),
-    "Digest that the representation in the body must have (RFC 9530), with its `Content-Encoding`. A request brings "
-    "all of it, so the bytes are those of `Content-Digest`: " + _DIGEST_RULES,
+    "Digest that the representation in the body must have (RFC 9530), with its `Content-Encoding`. A request "
+    "contains all of it, so the bytes are those of `Content-Digest`: " + _DIGEST_RULES,
     {"type": "string"},
 )
 FILE_DIGEST = Parameter(
     names.REPR_DIGEST,
     "header",
     parse_digests(names.REPR_DIGEST),
-    "Digest that the whole file must have (RFC 9530), however many requests bring it: sha-256, as `sha-256=:BASE64:`. "
-    "Other algorithms are ignored beside it, and refused without",
+    "Digest that the whole file must have (RFC 9530), over all of its requests: sha-256, as `sha-256=:BASE64:`. "
+    "Other algorithms are ignored beside it, and refused alone",
     {"type": "string"},
 )
 CONTENT_MD5 = Parameter(
@@ -973,7 +973,7 @@ LAST_EVENT_ID = Parameter(
     "header",
     lambda text: Position.parse(text) if text else None,
     "Same as `since`, sent by an event source that reconnects; it overrides `since`, which is still in the URL. An "
-    "empty one counts as absent",
+    "empty value counts as absent",
     {"type": "string"},
 )
 RANGE = Parameter(
@@ -984,7 +984,11 @@ RANGE = Parameter(
     {"type": "string"},
 )
 IF_RANGE = Parameter(
-    "If-Range", "header", str, "Take `Range` only if this is the strong `ETag`; a date never is", {"type": "string"}
+    "If-Range",
+    "header",
+    str,
+    "Obey `Range` only if this is the strong `ETag`; a date never matches",
+    {"type": "string"},
 )
 IF_MATCH = Parameter("If-Match", "header", str, "412 unless one of these is the `ETag`", {"type": "string"})
 IF_NONE_MATCH = Parameter("If-None-Match", "header", str, "304 if one of these is the `ETag`", {"type": "string"})

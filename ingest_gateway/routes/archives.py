@@ -147,14 +147,14 @@ ROUTES = (
         "POST",
         "/v1/packages/{package_id}/files",
         ingest_files,
-        "Stream many files into a package, all or none",
+        "Stream many files into a package: all of them or none",
         (Success(201, "All bytes and events are durable", {JSON: FilesIngestedAnswer}),),
         access=Right.WRITE,
         parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR, *DIGESTS),
         body=Body(
             {TAR: BINARY, **dict.fromkeys(_COMPRESSED, BINARY), JSON: IngestNamedRequest},
-            description="A tar archive, as it is or compressed by gzip or Zstandard (`Content-Encoding`, or the media "
-            "type). Or files by name, whose bytes are stored already.",
+            description="A tar archive, plain or compressed by gzip or Zstandard (by `Content-Encoding` or the media "
+            "type); or the names of files whose bytes are stored already.",
         ),
         problems=(
             *INGESTING,
@@ -163,12 +163,12 @@ ROUTES = (
             *READING,
             *WRITING,
         ),
-        description=f"At most {MAX_BUNDLE_FILES:,} files. Folders are passed over; links, devices, sparse files, "
-        "paths that break a rule, come twice or are both a file and a folder, and an archive without its end marker "
-        "are refused, the entry named, and nothing is recorded. A leading `./` is taken off. Media types follow the "
-        f"names. Files of up to {SMALL_FILE_BYTES:,} bytes are packed. Package and state are checked before the body "
-        "is read. With `application/json`, the files' bytes are read where they lie and verified; `unknown-content` "
-        "says that they must be sent.",
+        description=f"At most {MAX_BUNDLE_FILES:,} files. Folders are ignored. Links, devices, sparse files, paths "
+        "that break a rule, are repeated, or are both a file and a folder, and an archive without its end marker are "
+        "refused: the error names the entry, and nothing is recorded. A leading `./` is removed. Media types follow "
+        f"from the names. Files of up to {SMALL_FILE_BYTES:,} bytes are packed. Package and state are checked before "
+        "the body is read. With `application/json`, the stored bytes of the files are read and verified; "
+        "`unknown-content` means that they must be sent.",
         tag="files",
         transfer="uploads",
     ),
@@ -178,7 +178,12 @@ ROUTES = (
         get_archive,
         "Read a finalized package as a tar archive",
         (
-            Success(200, "The files by the bytes of their paths", {TAR: BINARY}, {"ETag": ETAG, "Cache-Control": TEXT}),
+            Success(
+                200,
+                "The files, ordered by the bytes of their paths",
+                {TAR: BINARY},
+                {"ETag": ETAG, "Cache-Control": TEXT},
+            ),
             Success(304, "The client has it", headers={"ETag": ETAG}),
         ),
         access=Right.READ,
@@ -194,9 +199,9 @@ ROUTES = (
             SequenceBeyondLogError,
             WaitTimeoutError,
         ),
-        description="Always the same bytes for the same package. Should they fail on the way, the connection is cut "
-        "before the archive's end marker; `after` leads on from the last whole file. It is cut too where the client "
-        "takes less than 1 KiB/s.",
+        description="The same package always gives the same bytes. If reading fails on the way, the connection is cut "
+        "before the archive's end marker; continue with `after` and the last complete file. It is also cut if the "
+        "client takes less than 1 KiB/s.",
         tag="files",
         transfer="downloads",
     ),
@@ -205,13 +210,13 @@ ROUTES = (
         "/v1/blobs/known",
         known_blobs,
         "Ask which blobs are stored",
-        (Success(200, "Those that are", {JSON: KnownBlobsAnswer}),),
+        (Success(200, "Those that are stored", {JSON: KnownBlobsAnswer}),),
         access=Right.WRITE,
         parameters=DIGESTS,
         body=Body({JSON: KnownBlobsRequest}, example={"addresses": [f"blake3:{'0' * 64}"]}),
         problems=(InvalidRequestError, *READING, UnavailableError),
-        description=f"At most {MAX_KNOWN:,} content addresses. What is known can be ingested by name "
-        "(`POST /v1/packages/{package_id}/files` with `application/json`) instead of sent.",
+        description=f"At most {MAX_KNOWN:,} content addresses. Known bytes can be ingested by name "
+        "(`POST /v1/packages/{package_id}/files` with `application/json`) instead of being sent.",
         tag="files",
     ),
 )

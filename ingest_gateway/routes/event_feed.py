@@ -270,7 +270,7 @@ ROUTES = (
         (Success(200, "The position after the last event", {JSON: EndAnswer}),),
         access=Right.READ,
         problems=(UnavailableError,),
-        description="`since` takes it, to follow from there.",
+        description="Use it as `since`, to follow from there.",
         tag="events",
     ),
     Route(
@@ -282,7 +282,7 @@ ROUTES = (
         access="identified",
         problems=(InvalidRequestError, UnavailableError),
         description="An `EventSource` cannot send `Authorization`. This puts the request's token into a cookie, which "
-        f"the browser sends to `{EVENTS}` alone, and which no script can read. It is kept for an hour, and no longer "
+        f"the browser sends only to `{EVENTS}`, and which no script can read. It lasts for an hour, but no longer "
         "than the token: a page that follows for longer asks again. The token is checked each time. Browsers keep "
         "the cookie over https, and over http on localhost.",
         tag="events",
@@ -291,7 +291,7 @@ ROUTES = (
         "DELETE",
         f"{EVENTS}/cookie",
         delete_cookie,
-        "Have the browser forget the cookie",
+        "Make the browser forget the cookie",
         (Success(204, "The browser has forgotten it", headers={"Set-Cookie": TEXT}),),
         access="open",
         tag="events",
@@ -316,7 +316,7 @@ ROUTES = (
         (
             Success(
                 200,
-                "One event a line, or one a server-sent event",
+                "One event per line, or per server-sent event",
                 {LINES: Stream(EventShape), EVENT_STREAM: Stream(EventShape)},
                 {LOG_END: TEXT},
             ),
@@ -346,13 +346,12 @@ ROUTES = (
         ),
         description="In order per package. Without `follow` the answer ends where the log ended when the request came; "
         f"`{LOG_END}` says where that was, whatever was filtered out. "
-        "A follower that falls behind is waited for as long as it takes 1 KiB/s of what there is; should it take "
-        "less, or reading fail, the connection is cut, and the last position that was seen leads on. A server-sent "
-        "event has the position as `id`, the type as `event`; comments and empty lines keep a quiet connection open. "
-        "An event source that is refused for lack of room (429, 503) gets 200, `retry` and the end of the answer "
-        "instead, so that it tries again. Events of "
-        "packages that the token may not read are left out, and an `id` alone says that they were passed over. The "
-        "answer ends when the token does, or loses its rights.",
+        "The gateway waits for a slow follower as long as it takes at least 1 KiB/s. If it takes less, or if reading "
+        "fails, the connection is cut: continue from the last position. A server-sent event has the position as "
+        "`id` and the type as `event`; comments and empty lines keep a quiet connection open. An event source that "
+        "is refused for lack of capacity (429, 503) gets 200, `retry` and the end of the answer instead, so that it "
+        "tries again. Events of packages that the token may not read are left out; an event with only an `id` shows "
+        "that reading has moved past them. The answer ends when the token expires or loses its rights.",
         tag="events",
     ),
 )

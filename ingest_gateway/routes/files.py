@@ -262,7 +262,10 @@ ROUTES = (
         "Read a file's bytes",
         (
             Success(
-                200, "The whole", {ANY_MEDIA_TYPE: BINARY}, {"ETag": ETAG, "Repr-Digest": TEXT, "Accept-Ranges": TEXT}
+                200,
+                "The whole content",
+                {ANY_MEDIA_TYPE: BINARY},
+                {"ETag": ETAG, "Repr-Digest": TEXT, "Accept-Ranges": TEXT},
             ),
             Success(
                 206, "The range", {ANY_MEDIA_TYPE: BINARY}, {"ETag": ETAG, "Content-Range": TEXT, "Accept-Ranges": TEXT}
@@ -279,9 +282,9 @@ ROUTES = (
             UnavailableError,
             WaitTimeoutError,
         ),
-        description="`ETag` is the content address. The content never changes and may be cached for good. Should the "
-        "bytes fail on the way, or the client take less than 1 KiB/s, the connection is cut before `Content-Length` "
-        "is reached.",
+        description="`ETag` is the content address. The content never changes and may be cached for good. If "
+        "reading fails on the way, or the client takes less than 1 KiB/s, the connection is cut before "
+        "`Content-Length` is reached.",
         tag="files",
         transfer="downloads",
     ),

@@ -75,7 +75,7 @@ ROUTES = (
         (
             Success(
                 200,
-                "The manifest in the form that `Accept` likes best",
+                "The manifest in the form that `Accept` prefers",
                 {CBOR: BINARY, JSON: {"type": "object"}},
                 {"ETag": ETAG, "Vary": TEXT},
             ),
@@ -95,7 +95,7 @@ ROUTES = (
             WaitTimeoutError,
         ),
         description="Canonical CBOR (RFC 8949 §4.2) unless `Accept` prefers JSON (JCS, RFC 8785). The `ETag` of the "
-        "CBOR form is the manifest digest. Should the client take less than 1 KiB/s, the connection is cut before "
+        "CBOR form is the manifest digest. If the client takes less than 1 KiB/s, the connection is cut before "
         "`Content-Length` is reached.",
         transfer="downloads",
     ),

@@ -174,7 +174,7 @@ ROUTES = (
             *READING,
             *WRITING,
         ),
-        description="Metadata is brought to JCS form (RFC 8785): at most 64 KiB, integers within ±2^53.",
+        description="Metadata is converted to JCS form (RFC 8785): at most 64 KiB, integers within ±2^53.",
     ),
     Route(
         "POST",
@@ -205,7 +205,7 @@ ROUTES = (
         access=Right.READ,
         parameters=(PRODUCER, SUBJECT, STATUS, RETENTION_CLASS, MANIFEST_DIGEST, LIMIT, CURSOR),
         problems=(InvalidRequestError, UnavailableError),
-        description='`Link: <…>; rel="next"` leads to the following page, where there is one.',
+        description='`Link: <…>; rel="next"` names the next page, if there is one.',
     ),
     Route(
         "GET",
@@ -228,7 +228,7 @@ ROUTES = (
         "GET",
         "/v1/usage",
         list_usage,
-        "List what came in, by producer, retention class and day",
+        "Show how much came in, by producer, retention class and day",
         (Success(200, "A page", {JSON: UsagePageAnswer}, {"Link": TEXT}),),
         access=Right.READ,
         parameters=(PRODUCER, RETENTION_CLASS, LIMIT, CURSOR),

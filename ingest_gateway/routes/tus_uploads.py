@@ -382,8 +382,8 @@ _ADDING = (
 )
 _BYTES = Body({CONTENT_TYPE: BINARY}, required=False, description="The bytes from `Upload-Offset` on.")
 _KEPT = (
-    "What came of a request that broke off is kept: HEAD says how far. The last byte puts the file into its package, "
-    "as PUT would, and `Content-Location`, `X-Content-Address` and `Repr-Digest` name it."
+    "The bytes of a request that was cut off are kept: HEAD says how many. The last byte puts the file into its "
+    "package, as PUT would, and `Content-Location`, `X-Content-Address` and `Repr-Digest` name it."
 )
 
 ROUTES = (
@@ -403,7 +403,7 @@ ROUTES = (
         _RESOURCE,
         begin_upload,
         "Begin an upload in several requests (tus 1.0, creation)",
-        (Success(201, "It has begun", headers={"Location": LOCATION, **_TOLD, names.UPLOAD_DIRECT: _SIZE}),),
+        (Success(201, "The upload has begun", headers={"Location": LOCATION, **_TOLD, names.UPLOAD_DIRECT: _SIZE}),),
         access=Right.WRITE,
         parameters=(
             PACKAGE_ID,
@@ -420,8 +420,8 @@ ROUTES = (
         ),
         body=_BYTES,
         problems=_ADDING,
-        description="With an `Idempotency-Key` a repeat finds the upload that the first one began, where it stands. "
-        "The first bytes may come along. " + _KEPT,
+        description="With an `Idempotency-Key`, a repeat finds the upload that the first request began, with its "
+        "offset. The request may contain the first bytes. " + _KEPT,
         tag="files",
         transfer="uploads",
     ),
@@ -440,8 +440,15 @@ ROUTES = (
         "GET",
         _UPLOAD,
         show_upload,
-        "Show how far an upload is, and what it became",
-        (Success(200, "As it stands", {JSON: UploadAnswer}, {**_TOLD, names.UPLOAD_LENGTH: {"type": "integer"}}),),
+        "Show how far an upload has come, and the file that it became",
+        (
+            Success(
+                200,
+                "The state of the upload",
+                {JSON: UploadAnswer},
+                {**_TOLD, names.UPLOAD_LENGTH: {"type": "integer"}},
+            ),
+        ),
         access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, WAIT_SEQUENCE),
         problems=(
@@ -453,8 +460,8 @@ ROUTES = (
             WaitTimeoutError,
             *WRITING,
         ),
-        description="HEAD is how tus asks. An upload that has all its bytes, but was not put into its package when "
-        "the last one came, is put there first.",
+        description="tus uses HEAD for this. If an upload has all its bytes but did not get into its package when the "
+        "last one came, it is put there first.",
         tag="files",
     ),
     Route(
@@ -462,12 +469,12 @@ ROUTES = (
         _UPLOAD,
         add_to_upload,
         "Add bytes to an upload",
-        (Success(204, "They are stored", headers=_TOLD),),
+        (Success(204, "The bytes are stored", headers=_TOLD),),
         access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, UPLOAD_OFFSET, UPLOAD_CHECKSUM, *DIGESTS),
         body=_BYTES,
         problems=_ADDING,
-        description="One request at a time may add to an upload, whichever gateway it comes to. " + _KEPT,
+        description="Only one request at a time may add to an upload, over all gateways. " + _KEPT,
         tag="files",
         transfer="uploads",
     ),
@@ -476,7 +483,7 @@ ROUTES = (
         _UPLOAD,
         end_upload,
         "End an upload and remove its bytes",
-        (Success(204, "Nothing is left of it; a file that it became stays"),),
+        (Success(204, "Nothing is left of the upload; a file that it became stays"),),
         access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE),
         problems=(InvalidRequestError, UploadNotFoundError, UploadBusyError, UnsupportedTusVersionError, *WRITING),
@@ -486,15 +493,15 @@ ROUTES = (
         "POST",
         _UPLOAD + "/parts",
         send_parts_directly,
-        "Name parts that were sent straight to the blob store, and get addresses for the next ones",
+        "Report parts that were sent straight to the blob store, and get addresses for the next ones",
         (Success(200, "Where the next parts go", {JSON: DirectPartsAnswer}),),
         access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, *DIGESTS),
         body=Body({JSON: DirectPartsRequest}, example={"offset": 0, "wanted": [{"length": 11, "crc32": 222957957}]}),
         problems=(*INGESTING, UploadNotFoundError, UploadOffsetError, UploadBusyError, *READING, *WRITING),
-        description="For uploads whose creation was answered with `Upload-Direct`, which says how large each part but "
-        "the last is. An address takes this one part for fifteen minutes. When the last part is named, all bytes "
-        "are read back, and the file is put into its package before the answer. Bytes may come by PATCH at any time.",
+        description="For uploads whose creation was answered with `Upload-Direct`, the size of each part except the "
+        "last. An address accepts this one part for fifteen minutes. When the last part is reported, all bytes are "
+        "read back, and the file is put into its package before the answer. Bytes may also come by PATCH at any time.",
         tag="files",
         transfer="uploads",
     ),
@@ -503,7 +510,7 @@ ROUTES = (
         _UPLOAD,
         override_upload,
         "Add to an upload or end it, where only POST can be sent",
-        (Success(204, "As PATCH or DELETE"),),
+        (Success(204, "As for PATCH or DELETE"),),
         access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, METHOD_OVERRIDE, UPLOAD_OFFSET, UPLOAD_CHECKSUM, *DIGESTS),
         body=_BYTES,

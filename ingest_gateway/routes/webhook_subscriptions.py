@@ -272,7 +272,7 @@ ROUTES = (
         "POST",
         _ALL,
         subscribe,
-        "Have events sent to a URL",
+        "Subscribe a URL to events",
         (Success(201, "The subscription, with its secret", {JSON: SubscribedAnswer}, {"Location": LOCATION}),),
         access=Right.SUBSCRIBE,
         parameters=(IDEMPOTENCY_KEY, *DIGESTS),
@@ -284,16 +284,16 @@ ROUTES = (
             },
         ),
         problems=(*_PROBLEMS, *_SINCE_PROBLEMS, ConflictError, CommandReusedError, *READING),
-        description="At least once, in order per package, as CloudEvents that are signed by the Standard Webhooks "
-        "specification. Only events of packages that the owner may read and subscribe to are sent, and none once these "
-        "rights are gone.",
+        description="Events are sent at least once and in order per package, as CloudEvents that are signed as the "
+        "Standard Webhooks specification says. Only events of packages that the owner may read and subscribe to are "
+        "sent, and none once these rights are gone.",
         tag=_TAG,
     ),
     Route(
         "GET",
         _ALL,
         list_subscriptions,
-        "List your subscriptions; operators see everybody's",
+        "List your subscriptions; operators see everyone's",
         (Success(200, "A page", {JSON: SubscriptionPageAnswer}, {"Link": TEXT}),),
         access=Right.SUBSCRIBE,
         parameters=(LIMIT, CURSOR),
@@ -304,7 +304,7 @@ ROUTES = (
         "GET",
         _ONE,
         show_subscription,
-        "Show a subscription, and what it holds back",
+        "Show a subscription, and the packages that it holds back",
         (Success(200, "The subscription", {JSON: SubscriptionDetailAnswer}),),
         access=Right.SUBSCRIBE,
         parameters=(SUBSCRIPTION_ID,),
@@ -321,8 +321,8 @@ ROUTES = (
         parameters=(SUBSCRIPTION_ID, *DIGESTS),
         body=Body({JSON: ChangeSubscriptionRequest}, example={"paused": True}),
         problems=(*_PROBLEMS, *READING),
-        description="A change by the owner also renews what their rights follow from: the token of this request. "
-        "Filters hold for events that come after the change.",
+        description="If the owner changes it, their rights follow from the token of this request from now on. "
+        "New filters apply to events after the change.",
         tag=_TAG,
     ),
     Route(
@@ -330,7 +330,7 @@ ROUTES = (
         _ONE,
         delete_subscription,
         "Delete a subscription with its deliveries",
-        (Success(204, "It is gone"),),
+        (Success(204, "The subscription is gone"),),
         access=Right.SUBSCRIBE,
         parameters=(SUBSCRIPTION_ID,),
         problems=_PROBLEMS,
@@ -346,7 +346,7 @@ ROUTES = (
         parameters=(SUBSCRIPTION_ID, *DIGESTS),
         body=Body({JSON: NothingRequest}, required=False),
         problems=(*_PROBLEMS, *READING),
-        description="For 24 hours messages carry a signature with each of the two.",
+        description="For 24 hours, messages have a signature with each of the two secrets.",
         tag=_TAG,
     ),
     Route(
@@ -371,8 +371,8 @@ ROUTES = (
         parameters=(SUBSCRIPTION_ID, *DIGESTS),
         body=Body({JSON: RedeliverRequest}, example={"since": "2026-01-31T12:00:00Z"}),
         problems=(*_PROBLEMS, *_SINCE_PROBLEMS, *READING),
-        description="One event is sent once, whatever order it has. If its package waits for it, parked or not, it is "
-        "tried now, and the package goes on after it.",
+        description="A single event is sent once, regardless of order. If its package waits for it, parked or not, it "
+        "is tried now, and later events follow it.",
         tag=_TAG,
     ),
     Route(
@@ -384,7 +384,7 @@ ROUTES = (
         access=Right.SUBSCRIBE,
         parameters=(SUBSCRIPTION_ID, LIMIT, CURSOR),
         problems=_PROBLEMS,
-        description="Each attempt with the receiver's answer, about a second after it. The last 500 are kept.",
+        description="Each attempt with the receiver's answer, visible about a second later. The last 500 are kept.",
         tag=_TAG,
     ),
 )

@@ -49,7 +49,7 @@ ROUTES = (
         "GET",
         "/v1/whoami",
         whoami,
-        "Show whom the gateway takes the sender for, and what they may do",
+        "Show who the sender is to the gateway, and what they may do",
         (Success(200, "The principal", {JSON: WhoAmIAnswer}),),
         access="identified",
         parameters=(ACTOR,),
@@ -61,10 +61,10 @@ ROUTES = (
         "/v1/login",
         list_logins,
         "List the issuers at which people can log in",
-        (Success(200, "The issuers, with the client to log in by", {JSON: LoginAnswer}),),
+        (Success(200, "The issuers, each with the client id for the login", {JSON: LoginAnswer}),),
         access="open",
-        description="`artifact-store login` reads this. Logging in is the device flow (RFC 8628) with the issuer, of "
-        "which the gateway sees nothing; the ID token that it gives is what requests then carry.",
+        description="`artifact-store login` reads this. A login is the device flow (RFC 8628) with the issuer, which "
+        "does not involve the gateway; later requests send the ID token that the issuer gives.",
         tag="operation",
     ),
 )
