@@ -1,4 +1,4 @@
-"""A consumer that handles each event once: where it goes on is stored in the transaction of what it does.
+"""A consumer that handles each event once: it stores its position in the same transaction as its own results.
 
 Events come from any registry: from a gateway (`Client`), from the embedded log, or straight from Kafka
 (`services.registry.open_events`). The database is the program's own.
@@ -28,7 +28,7 @@ _Transaction = TypeVar("_Transaction", contravariant=True)
 
 
 class EventSource(Protocol):
-    """Where events come from: every `Registry` is one."""
+    """Where events come from. Every `Registry` is an `EventSource`."""
 
     def read_events(
         self, since: Since = None, *, where: EventFilter | None = None, follow: bool = False
@@ -47,10 +47,10 @@ class PositionStore(Protocol[_Transaction]):
 
 
 class DurableConsumer(Generic[Transaction]):
-    """Hands events to a handler, each in a transaction that also moves the position past it.
+    """Passes events to a handler, each in a transaction that also moves the position past the event.
 
-    A consumer that ends in the middle, however it ends, goes on with the first event whose transaction was not
-    committed. Of two consumers with one position the slower one stops, and nothing is handled twice.
+    A consumer that ends in the middle, even by a crash, continues with the first event whose transaction was not
+    committed. If two consumers share one position, the slower one stops, and nothing is handled twice.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class DurableConsumer(Generic[Transaction]):
 
         Raises:
             ConflictError: another consumer has moved the position.
-            InvalidPositionError, LogIdentityError: the stored position is no place in this log.
+            InvalidPositionError, LogIdentityError: the stored position does not exist in this log.
             CorruptError: something cannot be read as an event. Without `follow`, also UnavailableError.
         """
         pause = _FIRST_PAUSE_SECONDS
@@ -116,9 +116,9 @@ class PositionTable:
     def __init__(
         self, consumer: str, fetch: Fetch, *, marks: tuple[str, str, str], table: str = "artifact_store_positions"
     ) -> None:
-        """`consumer` names whose position it is, `marks` are the driver's placeholders of three values in their order.
+        """`consumer` names the consumer whose position it is. `marks` are the driver's placeholders for three values.
 
-        `table` goes into the statements as it is, and may have its schema before it.
+        `table` is put into the statements unchanged, and may begin with its schema.
         """
         self._consumer = consumer
         self._fetch = fetch

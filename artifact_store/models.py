@@ -32,7 +32,7 @@ class Parked:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A package as the view has it; times in µs since 1970, UTC. A parked one has events that this does not show."""
+    """A package as the view has it; times in µs since 1970, UTC. If it is parked, its last events are not included."""
 
     package_id: UUID
     name: str
@@ -75,7 +75,7 @@ class PackageFilter:
 
 @dataclass(frozen=True, slots=True)
 class EventFilter:
-    """Which events to read: those that have one of the values of each field. An empty set stands for all values.
+    """Which events to read: those that match one of the values of each field. An empty set matches all values.
 
     Producers, subjects and retention classes are those that packages were created with. The feed over HTTP, `Registry`
     and the command line filter by it.
@@ -108,14 +108,14 @@ class EventFilter:
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Item]):
-    """A page of a listing; `next` is the cursor of the following one, None on the last."""
+    """A page of a list; `next` is the cursor of the next page, None on the last."""
 
     items: tuple[Item, ...]
     next: str | None
 
 
 async def all_pages(read: Callable[[str | None], Awaitable[Page[Item]]]) -> AsyncIterator[Page[Item]]:
-    """The pages of a listing, one after the other. `read` gets the cursor of each; what it raises is raised."""
+    """The pages of a list, one after the other. `read` is called with the cursor of each; its errors are passed on."""
     page = await read(None)
     yield page
     while page.next is not None:
@@ -137,7 +137,7 @@ class UsageTotal:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What a producer declares about bytes before they arrive; None: nothing. Digests are 32 raw bytes."""
+    """What a producer declares about bytes before they arrive; None: not declared. Digests are 32 raw bytes."""
 
     size_bytes: int | None = None
     blake3: bytes | None = None
@@ -173,8 +173,8 @@ class Acknowledgement:
     unportable_count: int = 0
     unportable_paths: tuple[PathPair, ...] = ()
     position: Position | None = field(default=None, compare=False)
-    """From here on everything is read that came after the command, and nothing of the command itself.
+    """Reading from here gives everything that came after the command, and nothing of the command itself.
 
-    Events of other packages that came in the second before may be read as well. None when it is not known: a log on
-    Kafka does not tell it to a retry of a command that was recorded before.
+    Events of other packages from the second before may be read as well. None if it is not known: on Kafka, a retry of
+    a command that was recorded before does not get it.
     """

@@ -39,9 +39,9 @@ NOW: Literal["now"] = "now"
 """The log's end, at the time of the request."""
 
 Since: TypeAlias = Position | datetime | str | None
-"""Where a reader asks to begin: after a position, at a time, at the log's end (`now`), or at its start (None).
+"""Where to begin reading: after a position, at a time, at the log's end (`now`), or at its start (None).
 
-A text is one of the first three, as HTTP and the command line take it: a position, an RFC 3339 time, `now`.
+As text, as in HTTP and on the command line: a position, an RFC 3339 time, or `now`.
 """
 
 Start: TypeAlias = Position | int | Literal["now"] | None
@@ -72,7 +72,7 @@ def start_text(start: Start) -> str | None:
 
 
 ANYONE = "anonymous"
-"""The actor when nobody is named. Through a gateway it becomes whoever the gateway takes the sender for."""
+"""The actor if none is given. A gateway replaces it with the sender that it has identified."""
 
 
 class Registry(ABC):
@@ -168,11 +168,11 @@ class Registry(ABC):
         """Follow events for as long as the caller iterates; in order per package.
 
         `since_sequence` skips a package's events up to that number, and needs `package_id`. `since` and `where` are
-        those of `read_events`. `poll_interval_seconds` is how late an event of the embedded log may be seen.
+        those of `read_events`. With the embedded log, an event may be seen up to `poll_interval_seconds` late.
 
         Raises:
             InvalidRequestError: a sequence without a package, or a bad `since`. InvalidPositionError, LogIdentityError:
-                a position that is no place in this log.
+                the position does not exist in this log.
         """
         if since_sequence and package_id is None:
             raise InvalidRequestError(
@@ -237,7 +237,7 @@ class Registry(ABC):
 
     @abstractmethod
     async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
-        """Which of these blobs (BLAKE3, 32 raw bytes each) are stored at their content-addressed keys."""
+        """Return those of these blobs (BLAKE3, 32 raw bytes each) that are stored at their content-addressed keys."""
 
     @abstractmethod
     def read_files(
@@ -328,7 +328,7 @@ class Registry(ABC):
     def events(
         self, since: Since = None, *, where: EventFilter | None = None, follow: bool = True
     ) -> AsyncIterator[RecordedEvent]:
-        """Events as they come: `read_events`, which follows unless told otherwise."""
+        """Follow events as they come: `read_events` with `follow` by default."""
         return self.read_events(since, where=where, follow=follow)
 
     @abstractmethod
@@ -342,10 +342,10 @@ class Registry(ABC):
         order: Order = "log",
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
-        """Events that `where` takes, from `since` up to the log's end at the time of the call; with `follow`, on.
+        """Read events that match `where`, from `since` to the log's end at the time of the call; `follow` goes on.
 
-        `package_id` asks for one package, as the same field of `where` does. Order `log` is that of the log: in order
-        per package, otherwise as partitions are read. Order `time` is by `created_at`, and excludes `follow`.
+        `package_id` asks for one package, as the same field of `where` does. The order `log` is that of the log: in
+        order per package, otherwise as partitions are read. The order `time` is by `created_at`, without `follow`.
 
         Raises (on iteration) InvalidRequestError, InvalidPositionError, LogIdentityError, UnavailableError.
         """
@@ -364,7 +364,7 @@ def filter_of(where: EventFilter | None, package_id: UUID | None, order: Order, 
 
 
 async def find_frozen(registry: Registry, manifest: ContentAddress) -> UUID:
-    """The id of the package that was finalized under this manifest. Raises PackageNotFoundError."""
+    """Return the id of the package that was finalized with this manifest. Raises PackageNotFoundError."""
     page = await registry.list_packages(PackageFilter(manifest_digest=manifest), limit=1)
     if not page.items:
         raise PackageNotFoundError(f"no package has the manifest {manifest}")

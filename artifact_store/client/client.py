@@ -1,7 +1,7 @@
 """The registry through a gateway: one method for each operation of `Registry`.
 
-Each write has one command id, which the client draws when the caller gives none. All attempts carry it, so a repeat
-gets the first answer. Reads wait until the view shows what this client wrote.
+Each write has one command id, which is random unless the caller gives one. All attempts carry it, so a repeat gets the
+first answer. Reads wait until the view shows what this client wrote.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ class Client(Registry):
     ) -> None:
         """`notify` is called before each pause between attempts.
 
-        Requests carry the token in `token_file`, else in the file that ARTIFACT_STORE_TOKEN_FILE names, else that of
-        `artifact-store login`. `ca` is a PEM file of authorities to trust beside the system's, else the one that
-        ARTIFACT_STORE_CA names.
+        Requests carry the token in `token_file`, or in the file that ARTIFACT_STORE_TOKEN_FILE names, or that of
+        `artifact-store login`. `ca` is a PEM file of authorities to trust in addition to the system's; by default, the
+        one that ARTIFACT_STORE_CA names.
 
         Raises ConfigurationError: the URL is malformed, or a token would be sent to it in the clear.
         """

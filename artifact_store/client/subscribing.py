@@ -26,7 +26,7 @@ class SubscriptionsClient:
     """The subscriptions of one gateway, reached as `Client.subscriptions`.
 
     Calls raise InvalidRequestError, ForbiddenError, NotFoundError, and UnavailableError once the policy's time is over.
-    What would do harm if it happened twice (`rotate`, `test`, `redeliver`) is not retried.
+    Calls that would do harm if they happened twice (`rotate`, `test`, `redeliver`) are not retried.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -39,9 +39,9 @@ class SubscriptionsClient:
         *,
         since: str = "now",
     ) -> SubscribedAnswer:
-        """Have the events that match sent to `url`, those after `since`: a position, an RFC 3339 time, or `now`.
+        """Subscribe `url` to matching events after `since`: a position, an RFC 3339 time, or `now`.
 
-        Keep the answer's `secret`: it is shown this one time, and proves to the receiver who sends.
+        Keep the answer's `secret`: it is shown only once, and proves to the receiver who sends.
         """
         filters = Filters.of(where or EventFilter())
         return read_answer(
@@ -55,7 +55,7 @@ class SubscriptionsClient:
         )
 
     async def list(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[SubscriptionAnswer]:
-        """A page of your subscriptions; operators see everybody's."""
+        """A page of your subscriptions; operators see everyone's."""
         query = {"limit": limit, "cursor": cursor}
         found = read_answer(SubscriptionPageAnswer, await self._transport.call("GET", _PATH, query=query))
         return Page(tuple(found.items), found.next)
@@ -72,7 +72,7 @@ class SubscriptionsClient:
         url: str | None = None,
         where: EventFilter | None = None,
     ) -> SubscriptionDetailAnswer:
-        """Change what is given. `paused=False` resumes, and tries at once what waits for its next attempt."""
+        """Change what is given. `paused=False` resumes, and retries at once what waits for its next attempt."""
         wanted = {"paused": paused, "url": url, "filters": None if where is None else Filters.of(where).model_dump()}
         changes = {name: value for name, value in wanted.items() if value is not None}
         return read_answer(
@@ -84,7 +84,7 @@ class SubscriptionsClient:
         await self._transport.call("DELETE", _of(subscription_id))
 
     async def rotate(self, subscription_id: UUID) -> SecretAnswer:
-        """Make a new secret. For 24 hours messages are signed with the one before as well."""
+        """Make a new secret. For 24 hours, messages are signed with the previous one as well."""
         return read_answer(SecretAnswer, await self._post(subscription_id, "rotate", {}))
 
     async def test(self, subscription_id: UUID) -> OrderedAnswer:

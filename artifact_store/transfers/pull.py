@@ -65,9 +65,9 @@ READ_BY_PROGRAMS = frozenset(
         *(".ssh", ".profile", ".bashrc", ".bash_profile", ".zshenv", ".zshrc", ".gitconfig"),
     }
 )
-"""Names that programs read although nobody names them, and that make them run what is written there.
+"""Names of files that programs read by themselves, and that can make them run commands.
 
-What people start themselves (`Makefile`, `package.json`, scripts) is not among them.
+Files that people run on purpose (`Makefile`, `package.json`, scripts) are not included.
 """
 
 _WORTH_STREAMING = 4
@@ -334,8 +334,8 @@ class Landing:
 class Pulled:
     """The result of a pull. `size_bytes` counts every file; `kept` counts the files that were there already.
 
-    `renamed` maps the paths of files that were written elsewhere to where they are. `read_by_programs` holds the paths,
-    up to a name of `READ_BY_PROGRAMS`, that make commands in the folder act on what the package says.
+    `renamed` maps paths of files that were written elsewhere to their new paths. `read_by_programs` holds the paths, up
+    to a name of `READ_BY_PROGRAMS`, that can make programs in the folder run what the package says.
     """
 
     package_id: UUID

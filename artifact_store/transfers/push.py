@@ -269,17 +269,17 @@ async def push(
     state: PushState | None = None,
     progress: TransferProgress | None = None,
 ) -> Pushed:
-    """Create a package, send what lies at `path` and finalize it. Memory is bounded by `concurrency` chunks of 1 MiB.
+    """Create a package, send what is at `path` and finalize it. Memory is bounded by `concurrency` chunks of 1 MiB.
 
-    Small files go many at a time. Bytes that the store has already are named instead of sent. With the `state` of an
-    interrupted push it continues there: files that the package has already are compared, not sent. That needs the
+    Small files are sent in batches. Bytes that the store has already are named instead of sent. With the `state` of an
+    interrupted push, it continues there: files that the package has already are compared, not sent, which needs the
     registry's view.
 
     Raises:
         InvalidPathError, InvalidRequestError: something at `path` cannot be pushed; nothing was created.
         ContentMismatchError: a file changed while it was read.
         ConflictError, CommandReusedError: the tree is not the one that was interrupted.
-        CorruptError: other bytes arrived than were sent.
+        CorruptError: the bytes did not arrive as they were sent.
         What the operations of `Registry` raise. The package then stays open, and the push can be resumed.
     """
     told = progress or NoProgress()
