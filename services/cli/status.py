@@ -295,7 +295,8 @@ async def processes(log: Log, settings: Settings) -> list[dict[str, Any]] | None
     """One object a gateway process: its release, and what it says of itself. As `writers`."""
     if (kafka := _kafka(log)) is None:
         return None
-    urls = sorted(member.client_id for member in await _gateways(kafka))
+    members = [*await _gateways(kafka), *await _members(kafka, kafka.kafka.aside_group)]
+    urls = sorted({member.client_id for member in members})
     told = await _told(urls, settings, lambda forwarder, url: forwarder.process(url))
     return [_process_shown(url, told.get(url, "it has no address to ask")) for url in urls]
 

@@ -254,6 +254,11 @@ class KafkaSettings:
         """The consumer group whose members are the gateways."""
         return f"{self.prefix}.writers"
 
+    @property
+    def aside_group(self) -> str:
+        """The consumer group of gateways that leave partitions to others for a while, so that operators find them."""
+        return f"{self.writers_group}.aside"
+
     def projector_group(self, projection: str) -> str:
         """The consumer group whose members run one projection."""
         return f"{self.prefix}.projector.{projection}"

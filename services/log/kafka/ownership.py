@@ -129,8 +129,9 @@ class WriterGroup:
         """
         kafka = self._kafka
         try:
+            gateways = self._cluster.groups(kafka.writers_group)  # with those that stand aside
             projectors = self._cluster.groups(kafka.projector_group(""))
-            groups = [(kafka.writers_group, "gateway"), *((group, "projector") for group in projectors)]
+            groups = [*((group, "gateway") for group in gateways), *((group, "projector") for group in projectors)]
             found = [(group, role, self._describe(group)) for group, role in groups]
         except (UnavailableError, ConfigurationError) as error:
             raise PushBackError(f"who could read it cannot be told: {error.detail}") from error
@@ -172,11 +173,26 @@ class WriterGroup:
         return None if members is None else any(map(wanted, members))
 
     def _stay_away(self) -> None:
-        """Stay out of the group for the time that `_give_way` set, while there are other gateways."""
-        while (left := self._away_until - time.monotonic()) > 0 and not self._closing.wait(min(left, _LOOK_SECONDS)):
-            with suppress(ConfigurationError, UnavailableError):
-                if self._others() is False:
-                    self._away_until = -math.inf
+        """Stay out of the group for the time that `_give_way` set, while there are other gateways.
+
+        Meanwhile it is a member of another group, in which `doctor` and `status` find it and ask what is wrong with it.
+        """
+        if time.monotonic() >= self._away_until:
+            return
+        consumer = make_consumer(self._kafka.member(self._kafka.aside_group, self._client_id, {}))
+        try:
+            consumer.subscribe([self._kafka.topic], on_assign=_take_paused)
+            looked = time.monotonic()
+            while time.monotonic() < self._away_until and not self._closing.is_set():
+                consumer.poll(_POLL_SECONDS)
+                if time.monotonic() - looked < _LOOK_SECONDS:
+                    continue
+                looked = time.monotonic()
+                with suppress(ConfigurationError, UnavailableError):
+                    if self._others() is False:
+                        self._away_until = -math.inf
+        finally:
+            consumer.close()
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -215,9 +231,7 @@ class WriterGroup:
             self._member_id = None
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        # The offset does not matter; without one the client would look it up.
-        consumer.incremental_assign([TopicPartition(p.topic, p.partition, 0) for p in partitions])
-        consumer.pause(partitions)
+        _take_paused(consumer, partitions)
         self._member_id = consumer.memberid()
         self.trouble = None
         for p in partitions:
@@ -240,6 +254,12 @@ class WriterGroup:
         if text != self.trouble:
             _LOG.warning("group of writers: %s", text)
         self.trouble = text
+
+
+def _take_paused(consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    # The offset does not matter; without one the client would look it up.
+    consumer.incremental_assign([TopicPartition(p.topic, p.partition, 0) for p in partitions])
+    consumer.pause(partitions)
 
 
 def _numbers(partitions: Sequence[TopicPartition]) -> list[int]:

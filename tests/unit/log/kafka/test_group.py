@@ -128,8 +128,8 @@ def test_a_member_that_could_not_read_a_record_keeps_it_from_being_written(tmp_p
     for reads in (READS_ADMINISTRATIVE, READS_PRINCIPALS):
         group.require_readers(reads)
     for name, refused in (("http://old:1", {2, 3}), ("http://new:2/v2", {3}), ("artifact-store-projector/v2", {3})):
-        for joined in (kafka.writers_group, kafka.projector_group("registry")):
-            before = groups[joined]
+        for joined in (kafka.writers_group, kafka.aside_group, kafka.projector_group("registry")):
+            before = groups.get(joined, [])
             groups[joined] = [own, Member("other", name, frozenset())]
             for reads in (READS_ADMINISTRATIVE, READS_PRINCIPALS):
                 if reads not in refused:
@@ -144,9 +144,17 @@ def test_a_member_that_could_not_read_a_record_keeps_it_from_being_written(tmp_p
 
 
 def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever gives way asks the group whether others are there; so does the writer that makes it give way."""
-    joined = Event()
-    monkeypatch.setattr(group_module, "make_consumer", lambda _: Quiet(joined))
+    """Whoever gives way asks the group whether others are there; so does the writer that makes it give way.
+
+    It is a member of another group meanwhile.
+    """
+    joined, groups = Event(), []
+
+    def make(config: dict[str, Any]) -> Quiet:
+        groups.append(config["group.id"])
+        return Quiet(joined if config["group.id"] == kafka.writers_group else Event())
+
+    monkeypatch.setattr(group_module, "make_consumer", make)
     monkeypatch.setattr(group_module, "_REJOIN_SECONDS", 0.0)
     monkeypatch.setattr(group_module, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(group_module, "AWAY_SECONDS", (0.2, 0.4))
@@ -164,6 +172,7 @@ def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypat
     group.start()
     assert joined.wait(30)
     assert len(asked) > 1, "it stayed away for a while, and asked"
+    assert groups == [kafka.aside_group, kafka.writers_group]
     group._give_way("it cannot be written to")
     group.close()
 
