@@ -5,9 +5,10 @@ client is an IPv4 address or a /64 of IPv6: all clients behind a proxy that hide
 
 Quotas bound how much one principal may add to the registry in an hour, through one gateway process. They are counted
 in memory: neither PostgreSQL nor another gateway is asked, so writes go on without either, and a process that starts
-again counts from zero. With N processes a principal gets up to N times as much. What is not used comes back over the
-hour. A body that has begun is never cut off for it: what it takes beyond the quota is owed. `OpenUploads` bounds the
-resumable uploads that one principal holds open at a time. Where nothing proves who sends, an address is the principal.
+again counts from zero. With N processes a principal gets up to N times as much. A quota is refilled over the hour. A
+body that has begun is never cut off for a quota: what it takes beyond it counts against the time that follows.
+`OpenUploads` bounds the resumable uploads that one principal holds open at a time. Where nothing proves who sends, an
+address is the principal.
 
 `Followers` are clients that follow events, and stay until the gateway closes.
 """
@@ -79,13 +80,13 @@ class Bounds:
     body_bytes_per_second: float = 1024.0
     """The slowest pace at which a client may send a body or take an answer."""
     quotas: Mapping[str, int] = field(default_factory=dict)
-    """What a principal may use in an hour, by the names of `quotas.Quota`."""
+    """What a principal may use in an hour, by the values of `Quota`."""
     heartbeat_seconds: float = 10.0
-    """How often a follower without events gets a sign of life."""
+    """How often a follower without events gets an empty line or a comment, which keeps its connection open."""
 
 
 class TooManyAtOnceError(PushBackError, problem="too-many-at-once", status=429):
-    """The client (its address) has as many connections, uploads or downloads under way as one may have."""
+    """The client (its address) has as many connections, uploads or downloads in progress as one client may have."""
 
 
 class _Shares:
@@ -405,7 +406,7 @@ _CLOSING_RETRY_SECONDS = 5.0
 
 
 def gateway_closes() -> PushBackError:
-    """The error for a follower that is turned away because the gateway closes."""
+    """The error for a follower that is disconnected because the gateway stops."""
     return PushBackError("this gateway is stopping", _CLOSING_RETRY_SECONDS)
 
 

@@ -271,7 +271,7 @@ class App:
         )
 
     def _log_failure(self, call: Call, method: str) -> None:
-        """Say why a request failed by no fault of its sender, once in a while for each kind of failure."""
+        """Log why a request failed through no fault of its sender, at most once in a while for each kind of failure."""
         if call.status < 500 or call.cause is None:
             return
         kind = f"{call.status} {method} {call.template}: {_NUMBER.sub('#', call.cause)}"

@@ -1,8 +1,8 @@
-"""The tail of the log, shared by all who follow it through one gateway: read, decoded and put into JSON once.
+"""The tail of the log, shared by all followers of one gateway: it is read, decoded and put into JSON only once.
 
-A reader for every follower would cost threads, connections and descriptors that writes need. A follower has a reader of
-its own only while it catches up on events that the tail does not keep any more. All others it takes from the shared
-tail, so that it costs little to come back soon. Clients that read to the log's end and stop share the same bounded
+A reader for every follower would cost threads, connections and descriptors that writes need. A follower has its own
+reader only while it catches up on events that the tail no longer keeps. It takes all others from the shared tail, so a
+follower that reconnects soon costs little. Clients that read to the log's end and stop share the same bounded
 number of readers.
 """
 

@@ -1,4 +1,4 @@
-"""Metrics of the gateway, in a registry of their own, for Prometheus."""
+"""Metrics of the gateway, in their own registry, for Prometheus."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Metrics:
         ).set_function(in_use)
 
     def refused(self, what: str, times: int) -> None:
-        """Count refusals for lack of a place, by their kind; a kind is shown once it was counted, be it 0 times."""
+        """Count refusals for lack of capacity, by their kind. A kind is shown once it was counted, even 0 times."""
         self._refused.labels(what).inc(times)
 
     def component(self, name: str, works: bool) -> None:

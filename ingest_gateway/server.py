@@ -1,4 +1,4 @@
-"""The gateway as a process: it listens until it is told to stop, then finishes the requests under way.
+"""The gateway as a process: it listens until it is told to stop, then finishes the requests in progress.
 
 Meanwhile it sweeps the blob store, about once an hour: uploads that made no progress for a day are aborted, so that a
 killed process leaves nothing behind. Sweeps of several gateways do not harm each other; random pauses keep them apart.
@@ -47,7 +47,7 @@ from services.wiring import Parts, is_embedded, parts
 _log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30.0
-"""How long requests under way may go on once the gateway is told to stop."""
+"""How long requests in progress may go on once the gateway is told to stop."""
 
 _METRICS_CONNECTIONS = 64
 
@@ -231,7 +231,7 @@ async def listening(
 
 
 def _server_context(settings: Settings) -> ssl.SSLContext | None:
-    """What the gateway speaks TLS by, None without a certificate. Blocks on files. Raises ConfigurationError."""
+    """The gateway's TLS context, None without a certificate. Blocks on files. Raises ConfigurationError."""
     cert, key, clients = settings.tls_cert, settings.tls_key, settings.tls_client_ca
     if cert is None or key is None:
         if cert or key or clients:

@@ -4,5 +4,5 @@ Begin with `request`: a `Call` is one request, read and answered. `declaration` 
 `connections` bounds what arrives before there is a request; `negotiation`, `codings` and `json_body` read headers and
 bodies and know nothing of the rest.
 
-May import `limits`, and `gateway` for what a `Call` carries to its handler.
+May import `admission`, and `gateway` for what a `Call` carries to its handler.
 """

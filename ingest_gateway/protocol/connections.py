@@ -337,14 +337,14 @@ class Server(web.Server):
 
 
 def client_of(protocol: web.RequestHandler) -> str:
-    """Whom limits count: the client's IPv4 address or IPv6 network."""
+    """The client that limits are counted for: an IPv4 address or an IPv6 network."""
     peer = protocol.peername
     return _counted_as(peer[0]) if isinstance(peer, tuple) else ""
 
 
 @lru_cache(4096)
 def _counted_as(address: str) -> str:
-    """One site has a whole /64 of IPv6 addresses (RFC 6177), and would be as many clients as it likes by them."""
+    """One site has a whole /64 of IPv6 addresses (RFC 6177), and could pose as many clients with them."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv4Address):
         return address
@@ -357,16 +357,16 @@ _MEND = "name it in ARTIFACT_STORE_ALLOWED_HOSTS"
 
 
 class AllowedHosts:
-    """The hosts that requests may name. One without a port stands for any port."""
+    """The hosts that requests may name. A host without a port allows any port."""
 
     def __init__(self, allowed_hosts: Collection[str] = (), *, loopback: bool = True) -> None:
-        """Unless the gateway listens on `loopback`, no `allowed_hosts` means that any host will do."""
+        """Without `allowed_hosts`, any host is allowed, unless the gateway listens on `loopback`."""
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
         self._any = not loopback and not allowed_hosts
         self._checked = lru_cache(_REMEMBERED)(self._check)
 
     def check(self, hosts: Iterable[str], origins: Iterable[str]) -> None:
-        """Check all values of `Host` and `Origin`. What sends neither is no page in a browser.
+        """Check all values of `Host` and `Origin`. A page in a browser always sends one of them.
 
         Raises MalformedHttpError, UnknownHostError, ForeignOriginError.
         """

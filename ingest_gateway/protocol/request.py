@@ -67,7 +67,7 @@ _PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed in a thread
 _HASHED_AT_ONCE_BYTES = 64 * 1024  # a larger chunk is hashed in a thread
 
 RIGHTS_SECONDS = 1.0
-"""How old what is known of the sender's rights may be when a body goes on or ends."""
+"""How old the known rights of the sender may be while a body arrives and when it ends."""
 
 _MD5 = "md5"
 
@@ -94,7 +94,7 @@ class Call:
         """Who sends the request, once `authenticate` has found out."""
         self._authorization: str | None = None
         self._named: str | None = None
-        """Whom `X-Actor` names in place of the sender, once `name_actor` has read it."""
+        """The actor that `X-Actor` names instead of the sender, once `name_actor` has read it."""
         self._registry: DirectRegistry | None = None
         self.request = request
         self.target, self._raw_query = _target(request)
@@ -104,12 +104,12 @@ class Call:
         self.refused_by: ArtifactStoreError | None = None
         """The error that the answer stands for."""
         self.cause: str | None = None
-        """Why it was not answered as the sender wished."""
+        """Why the request failed."""
         given = request.headers.get(_REQUEST_ID, "")
         self.request_id = given if _REQUEST_ID_FORM.fullmatch(given) else f"{random.getrandbits(64):016x}"
-        """Names the request in log lines and in the answer: what the sender gave, or drawn."""
+        """Identifies the request in log lines and in the answer: the sender's own id, or a random one."""
         self.traceparent = traceparent(request.headers.get("traceparent"))
-        """The trace that the request belongs to, if it belongs to one."""
+        """The trace that the request belongs to, if there is one."""
         self._span: Span | None = None
         self.received = 0
         self.sent_in_part = False
@@ -145,7 +145,7 @@ class Call:
         self.traceparent = self._span.traceparent
 
     def end_span(self, method: str) -> None:
-        """End it, if there is one, with what came of the request."""
+        """End the request's span, if there is one, with the outcome of the request."""
         if self._span is None:
             return
         attributes: dict[str, str | int] = {
@@ -224,7 +224,7 @@ class Call:
         return self._registry
 
     async def lapsed(self) -> bool:
-        """Whether the sender has lost rights that they had at first; that is looked at once in a heartbeat."""
+        """Whether the sender has lost rights that they had at first. This is checked once per heartbeat."""
         now = asyncio.get_running_loop().time()
         if now < self._looked_at + self.gateway.bounds.heartbeat_seconds:
             return False
@@ -265,7 +265,7 @@ class Call:
         return found.grants == self.principal.grants
 
     async def _look_again(self) -> None:
-        """Go on with the rights that the sender has by now.
+        """Continue with the rights that the sender has now.
 
         A token that has only expired still counts: many live for less time than a large body takes.
 
@@ -307,7 +307,7 @@ class Call:
             raise ConnectionResetError("the client went away")
 
     def name_actor(self) -> None:
-        """Read whom `X-Actor` names as the actor.
+        """Read the actor that `X-Actor` names.
 
         Raises InvalidRequestError, and ForbiddenError when that is not the sender, who may delegate for no package.
         """
@@ -329,12 +329,12 @@ class Call:
 
     @property
     def counted_as(self) -> str:
-        """Whom quotas count: the sender or, where nothing proves who that is, the client's address."""
+        """The principal that quotas are counted for: the sender or, if that is not proved, the client's address."""
         return self.client if self.principal.local else self.principal.actor
 
     @property
     def client(self) -> str:
-        """Whom limits count: the client's address, for IPv6 its network of 64 bits."""
+        """The client that limits are counted for: its address, or for IPv6 its 64-bit network."""
         return client_of(self.request.protocol)
 
     @property
@@ -597,7 +597,7 @@ class Call:
         return size <= BUFFERED_BYTES and transport is not None and not transport.get_write_buffer_size()
 
     def sign(self, response: web.StreamResponse) -> None:
-        """Say in the answer who answers, and which request."""
+        """Put the server's name and the request's id into the answer."""
         response.headers["Server"] = SERVER
         response.headers[_REQUEST_ID] = self.request_id
 
@@ -995,7 +995,7 @@ IF_NONE_MATCH = Parameter("If-None-Match", "header", str, "304 if one of these i
 
 
 def declared(size: int | None, address: ContentAddress | None, sha256: bytes | None) -> Declared:
-    """What a producer declares of the bytes, from the values of headers."""
+    """What a producer declares about the bytes, from the values of headers."""
     return Declared(size_bytes=size, blake3=None if address is None else address.digest, sha256=sha256)
 
 

@@ -3,5 +3,5 @@
 A handler takes a `Call`, asks the registry, and returns an answer. Its `Route` in `ROUTES` declares parameters, body,
 answers and problems: requests are read by it, and `/openapi.json` is made from it. `app` lists all `ROUTES`.
 
-May import `protocol` and `limits`. Begin with `packages`; `files` has the upload of one file.
+May import `protocol` and `admission`. Begin with `packages`; `files` has the upload of one file.
 """

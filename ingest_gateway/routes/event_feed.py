@@ -64,7 +64,7 @@ EVENT_STREAM = "text/event-stream"
 
 COOKIE = "artifact-store-events"
 COOKIE_SECONDS = 3600
-"""How long a browser keeps the cookie; a token that ends earlier takes it along."""
+"""How long a browser keeps the cookie, unless the token expires earlier."""
 
 MAX_COOKIE_BYTES = 3800
 """Browsers keep 4,096 bytes of a cookie, its name and attributes included."""
@@ -212,7 +212,7 @@ def _mark(position: str) -> bytes:
 
 
 def _position_line(position: str) -> bytes:
-    """The same as a line of JSON, for who asks for it."""
+    """The same as a line of JSON, for clients that ask for it."""
     return position_line(position) + b"\n"
 
 

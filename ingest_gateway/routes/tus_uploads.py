@@ -1,4 +1,8 @@
-"""tus 1.0 as a dialect of HTTP: versions, headers of requests and answers, and what the server can do."""
+"""Uploads in several requests, in the protocol tus 1.0: begin one, add bytes, show and end it.
+
+Also parts of large files, which clients send straight to the blob store. Each answer has the headers of tus, and
+OPTIONS names the versions and extensions that the gateway supports.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Subscriptions: owners make them to have events sent to a URL, change and delete them, and look at their deliveries.
+"""Subscriptions: principals create them to get events sent to a URL, change and delete them, and read their deliveries.
 
-Each belongs to its owner, the principal who made it. Operators see all of them, and may pause and delete them; they
-cannot have somebody else's events sent elsewhere.
+Each belongs to its owner, the principal who created it. Operators see all of them, and may pause and delete them, but
+they cannot redirect somebody else's events.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _subscribing(call: Call) -> Subscribing:
 
 
 def _sees(call: Call) -> str | None:
-    """Whose subscriptions the sender sees; None: everybody's."""
+    """The owner whose subscriptions the sender sees; None for all owners."""
     return None if call.principal.may(Right.OPERATE) else call.principal.actor
 
 

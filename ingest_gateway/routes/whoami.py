@@ -1,4 +1,4 @@
-"""Who asks: what the gateway takes the sender for, and where people get tokens."""
+"""Identity: who the sender is to the gateway, and where people get tokens."""
 
 from __future__ import annotations
 
