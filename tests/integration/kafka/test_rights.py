@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from services.config import Settings
 from services.wiring import open_log, open_views, parts
 from tests.certificates import Authority
 from tests.integration.conditions import until
+from tests.integration.processes import output_of, run_command
 from tests.services.kafka import KafkaBroker
 from tests.services.process import free_ports
 
@@ -164,6 +166,12 @@ async def test_every_process_works_with_its_rights(secured: Secured, tmp_path: P
     finally:
         await log.close()
     assert await asyncio.to_thread(read_as_subscriber, secured) == 3
+    found = json.loads(await asyncio.to_thread(output_of, as_user["verify"], "status", "--json"))
+    assert {writer["trouble"] for writer in found["writers"]} == {"no process writes to it"}
+    doctor = await asyncio.to_thread(run_command, as_user["verify"], "doctor", "--json")
+    causes = {finding["part"]: finding["cause"] for finding in json.loads(doctor.stdout)["findings"]}
+    assert causes["log"].startswith(as_user["verify"].log_url)
+    assert causes["gateways"] == "0 processes"
 
 
 def read_as_subscriber(secured: Secured) -> int:
