@@ -154,7 +154,7 @@ class ProjectorMetrics(Collector):
                 now, end, views = asked.result(_ANSWER_SECONDS + 1)
             except TimeoutError:  # the event loop itself is busy for so long
                 asked.cancel()
-                logger.info("the metrics lack the progress of projections, because the process has too much to do")
+                logger.info("the metrics lack the progress of projections, because the process is overloaded")
                 return
             up.add_metric(["log"], float(end is not None))
             up.add_metric(["views"], float(views is not None))
@@ -193,7 +193,7 @@ class ProjectorMetrics(Collector):
                 try:
                     self._seen = await self._ask()
                 except Exception:  # a mistake is logged, and numbers that grow old are not shown
-                    logger.exception("the progress of projections could not be found out")
+                    logger.exception("the progress of projections could not be determined")
                     self._seen = _Found(0.0, None, None)
                 await wait_for_stop(stop, _LOOK_SECONDS)
 

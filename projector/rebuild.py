@@ -172,7 +172,7 @@ async def _take_group_over(log: Log, projection: Projection) -> None:
     name = projection.name
     foreign = {p: offset for p, (offset, metadata) in (await log.committed(name)).items() if not metadata}
     if foreign and await log.show(name, foreign, "replay"):
-        logger.info("%s: the offsets that other tools have set for the group decide nothing any more", name)
+        logger.info("%s: the offsets that other tools have set for the group no longer matter", name)
 
 
 async def _fold_in_place(views: Views, log: Log, projection: Projection, meter: Meter) -> None:
@@ -258,7 +258,7 @@ async def _build_to_go_on_with(
         found = await read_build(connection, projection)
     if found is not None and not restart and await _fits(found, log, projection, end):
         await adopt_build(views, found)
-        logger.info("%s: going on with the build that %s left", projection.name, found.builder)
+        logger.info("%s: continuing the build that %s left", projection.name, found.builder)
         return found
     if found is not None:
         logger.info("%s: the build that %s left is dropped", projection.name, found.builder)
@@ -387,7 +387,7 @@ class _Rebuild:
                 if not await attempts.another():
                     raise UnavailableError(
                         f"{self._projection.name} could not be switched in {_SWITCH_SECONDS:.0f} s: {error.detail}; "
-                        "what was built is kept, and the next replay goes on with it"
+                        "what was built is kept, and the next replay continues it"
                     ) from error
 
     async def _catch_up(self) -> None:
@@ -500,7 +500,9 @@ class _Rebuild:
         async with self._views.reading(snapshot=True) as connection:
             found = await read_build(connection, self._projection)
         if found is None or found.generation != self._build.generation:
-            raise InvalidRequestError(f"the build of {self._projection.name} was dropped or begun anew by another")
+            raise InvalidRequestError(
+                f"the build of {self._projection.name} was dropped or begun again by another process"
+            )
         return found
 
     async def _positions(self) -> tuple[Build, Live]:

@@ -118,7 +118,7 @@ async def run_projection(
             logger.error("%s: %s; trying again in %.1f s", projection.name, error.detail, _LONGEST_PAUSE)
             await _in_trouble(projection, stop, metrics)
         except Exception:  # a mistake in one fold must not stop the others, nor this one when it passes
-            logger.exception("%s: a mistake in this program; trying again in %.1f s", projection.name, _LONGEST_PAUSE)
+            logger.exception("%s: a bug in this program; trying again in %.1f s", projection.name, _LONGEST_PAUSE)
             await _in_trouble(projection, stop, metrics)
         joined = joined or run.joined
 

@@ -98,7 +98,7 @@ class Intake:
     def __init__(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> None:
         """Raises TooLargeError at once if the declared size is above `max_bytes`."""
         if declared.size_bytes is not None and declared.size_bytes > max_bytes:
-            raise TooLargeError(f"{declared.size_bytes} bytes are declared, at most {max_bytes} are taken")
+            raise TooLargeError(f"{declared.size_bytes} bytes are declared, but at most {max_bytes} are accepted")
         self._chunks = aiter(body)
         self._declared = declared
         self._max_bytes = max_bytes
@@ -166,7 +166,7 @@ class Intake:
         if self._declared.size_bytes is not None and self._length > self._declared.size_bytes:
             raise ContentMismatchError(f"the body is longer than the {self._declared.size_bytes} bytes declared")
         if self._length > self._max_bytes:
-            raise TooLargeError(f"the body is larger than the {self._max_bytes} bytes that are taken")
+            raise TooLargeError(f"the body is larger than the {self._max_bytes} bytes that are accepted")
 
     async def _feed(self, data: bytes) -> None:
         if self._hashing is not None:

@@ -132,7 +132,7 @@ class LocalBlobStore:
             raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
         if not same:
             self.mistrust(key)
-            raise UnavailableError(f"blob {key} has other bytes than belong there: retry, so that they are replaced")
+            raise UnavailableError(f"blob {key} does not hold its own bytes: retry, so that they are replaced")
         return stored
 
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:

@@ -55,7 +55,7 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
             f"the scheme {url.scheme!r} is unknown" if "://" in settings.blobs_url else "the scheme is missing"
         )
     if url.username is not None or url.password is not None:
-        raise _wrong("credentials belong into ARTIFACT_STORE_S3_ACCESS_KEY and ARTIFACT_STORE_S3_SECRET_KEY")
+        raise _wrong("credentials belong in ARTIFACT_STORE_S3_ACCESS_KEY and ARTIFACT_STORE_S3_SECRET_KEY")
     if not host:
         raise _wrong("the host is missing")
     bucket = url.path.strip("/")
@@ -66,7 +66,9 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
             "a bucket needs ARTIFACT_STORE_S3_ACCESS_KEY and ARTIFACT_STORE_S3_SECRET_KEY, at least one is unset"
         )
     if not settings.s3_region:
-        raise ConfigurationError("ARTIFACT_STORE_S3_REGION is empty: us-east-1 is right for most stores but Amazon's")
+        raise ConfigurationError(
+            "ARTIFACT_STORE_S3_REGION is empty: us-east-1 is right for most stores except Amazon's"
+        )
     from services.blobs.s3.requests import Endpoint
     from services.blobs.s3.store import S3BlobStore  # loads the SDK, which a folder does without
 
@@ -102,7 +104,7 @@ def _public(settings: Settings, endpoint: Endpoint) -> Endpoint | None:
     secret = settings.s3_public_secret_key.get_secret_value()
     if bool(settings.s3_public_access_key) != bool(secret):
         raise ConfigurationError(
-            "ARTIFACT_STORE_S3_PUBLIC_ACCESS_KEY and ARTIFACT_STORE_S3_PUBLIC_SECRET_KEY belong together: one is unset"
+            "ARTIFACT_STORE_S3_PUBLIC_ACCESS_KEY and ARTIFACT_STORE_S3_PUBLIC_SECRET_KEY go together: one is unset"
         )
     own = {"access_key": settings.s3_public_access_key, "secret_key": secret} if secret else {}
     return replace(endpoint, host=_netloc(host, port), secure=url.scheme == "https", **own)

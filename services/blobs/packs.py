@@ -119,7 +119,9 @@ class Packing:
             file = files[number]
             size = len(file.data)
             if size > min(PACK_BYTES, self._max_file_bytes):
-                raise TooLargeError(f"{file.relative_path!r} has {size:,} bytes; {self._max_file_bytes:,} are taken")
+                raise TooLargeError(
+                    f"{file.relative_path!r} has {size:,} bytes; at most {self._max_file_bytes:,} are accepted"
+                )
             digest = blake3(file.data).digest()
             place = self._layout.place(digest, size)
             if place is None:
@@ -373,7 +375,7 @@ class _Held:
 async def _take(data: bytes, declared: Declared, max_bytes: int) -> _Held:
     """As `_read`, for a body that is in memory already."""
     if len(data) > max_bytes:
-        raise TooLargeError(f"the body is larger than the {max_bytes} bytes that are taken")
+        raise TooLargeError(f"the body is larger than the {max_bytes} bytes that are accepted")
     digests = await digests_of(data)
     check_declared(digests, declared)
     return _Held(data, digests)

@@ -80,7 +80,7 @@ def checked_key(key: str) -> str:
         CorruptError: the key breaks the rule.
     """
     if len(key) > 512 or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
-        raise CorruptError(f"{key[:80]!r} is no key of a blob")
+        raise CorruptError(f"{key[:80]!r} is not the key of a blob")
     return key
 
 

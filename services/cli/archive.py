@@ -242,8 +242,8 @@ def _log_url(name: str, settings: Settings) -> str:
     found = name if "://" in name else f"{settings.log_url.rpartition('/')[0]}/{name}"
     if not found.startswith("kafka://"):
         raise click.UsageError(
-            "topics are copied, and ARTIFACT_STORE_LOG_URL names none: for a log in a file there are `log export` and "
-            "`log import`"
+            "only topics are copied, and ARTIFACT_STORE_LOG_URL does not name one: for a log in a file, use "
+            "`log export` and `log import`"
         )
     return found
 

@@ -357,7 +357,7 @@ async def _identity(settings: Settings, finding: Finding) -> None:
         raise ConfigurationError(f"others may read or write {settings.tokens}: chmod 600 {settings.tokens}")
     if not policy.issuer and not tokens:
         raise ConfigurationError(
-            "nobody can prove who they are: add an [[issuer]] to the policy, or `artifact-store tokens create`"
+            "nobody can get a valid token: add an [[issuer]] to the policy, or run `artifact-store tokens create`"
         )
     for table in policy.issuer:
         async with Issuer(table) as issuer:

@@ -48,11 +48,11 @@ def _chosen(offered: list[LoginIssuer], alias: str | None) -> LoginIssuer:
     if not offered:
         raise ConfigurationError(
             "nobody can log in at this gateway: its policy has no issuer with a client_id; "
-            "name a file with a token by ARTIFACT_STORE_TOKEN_FILE"
+            "set ARTIFACT_STORE_TOKEN_FILE to a file with a token"
         )
     known = ", ".join(issuer.alias for issuer in offered)
     if alias is None and len(offered) > 1:
-        raise click.UsageError(f"choose one by --issuer: {known}")
+        raise click.UsageError(f"choose one with --issuer: {known}")
     for issuer in offered:
         if alias in (None, issuer.alias):
             return issuer
@@ -132,5 +132,5 @@ def _url(settings: Settings) -> str:
     from artifact_store.errors import ConfigurationError
 
     if settings.url is None:
-        raise ConfigurationError("name the gateway by --url or ARTIFACT_STORE_URL")
+        raise ConfigurationError("name the gateway with --url or ARTIFACT_STORE_URL")
     return settings.url

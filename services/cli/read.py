@@ -151,7 +151,9 @@ def manifest(package: str, form: str | None) -> None:
     """Write a finalized package's manifest to standard output, byte for byte. CBOR is not written to a terminal."""
     form = form or ("json" if invocation().as_json else "cbor")
     if form == "cbor" and sys.stdout.isatty():
-        raise click.UsageError("the manifest is binary and this is a terminal: redirect the output, or --format json")
+        raise click.UsageError(
+            "the manifest is binary and this is a terminal: redirect the output, or use --format json"
+        )
     run(_manifest(package, form))
 
 
@@ -201,7 +203,7 @@ def tail(
     from artifact_store.models import EventFilter
 
     if follow and order == "time":
-        raise click.UsageError("--order time is for what the log has now: leave out --follow")
+        raise click.UsageError("--order time is only for events that the log holds now: leave out --follow")
     wanted = EventFilter(
         None if package is None else package_id(package),
         frozenset(producer),
@@ -242,7 +244,7 @@ async def _tail(since: str | None, wanted: EventFilter, order: Order, *, follow:
 
 def _say_where_to_go_on(position: Position | None) -> None:
     if position is not None and not invocation().as_json:
-        remark(f"to go on from here: --since {position}")
+        remark(f"to continue from here: --since {position}")
 
 
 def _event_text(event: RecordedEvent) -> str:

@@ -238,7 +238,7 @@ def _digest(text: str) -> bytes:
     except ValueError:
         found = b""
     if len(found) != 32:
-        raise click.BadParameter("it has 64 hex digits", param_hint="--digest")
+        raise click.BadParameter("it must have 64 hex digits", param_hint="--digest")
     return found
 
 

@@ -167,7 +167,7 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
 
     if is_embedded(settings):
         raise ConfigurationError(
-            "the embedded log has one process that writes: --processes needs a Kafka log in ARTIFACT_STORE_LOG_URL"
+            "only one process can write to the embedded log: --processes needs a Kafka log in ARTIFACT_STORE_LOG_URL"
         )
     with server.stopped_by_signals() as stop, server.bound_socket(settings) as listener:
         return await run_processes(settings, command, processes, listener, stop)

@@ -372,7 +372,7 @@ async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> A
             owners = {p: member.client_id for member in await _gateways(kafka) for p in member.partitions}
             owner = owners.get(confirmation.partition, "")
             trouble: ArtifactStoreError = UnavailableError(
-                f"no gateway that can be asked writes to partition {confirmation.partition}: start one, then try again"
+                f"no reachable gateway writes to partition {confirmation.partition}: start one, then try again"
             )
             if owner.startswith("http"):
                 try:

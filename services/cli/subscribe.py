@@ -53,7 +53,7 @@ def create(target: str, since: str, **filters: Any) -> None:
     wanted = _filters(**filters)
 
     _answer(_asked(lambda on: on.create(target, wanted, since=since)))
-    remark("keep the secret now: it is not shown again. `subscriptions rotate` makes another")
+    remark("save the secret now: it is not shown again. `subscriptions rotate` makes another")
 
 
 @subscriptions.command(name="list")
@@ -93,7 +93,7 @@ def change(subscription_id: str, target: str | None, **filters: Any) -> None:
     """Change where events go, or which ones. Filters that you give replace all earlier filters."""
     wanted = _filters(**filters) if any(filters.values()) else None
     if target is None and wanted is None:
-        raise click.UsageError("say what to change: --target or a filter")
+        raise click.UsageError("give what to change: --target or a filter")
     _answer(_asked(lambda on: on.change(_id(subscription_id), url=target, where=wanted)))
 
 
@@ -140,7 +140,7 @@ def redeliver(subscription_id: str, event_id: str | None, since: str | None) -> 
     If a package waits for this event, parked or not, the event is tried now, and later ones follow it.
     """
     if (event_id is None) == (since is None):
-        raise click.UsageError("give EVENT_ID or --since, and not both")
+        raise click.UsageError("give either EVENT_ID or --since")
     event = None if event_id is None else _id(event_id)
     _answer(_asked(lambda on: on.redeliver(_id(subscription_id), event_id=event, since=since)))
 

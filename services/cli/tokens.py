@@ -88,9 +88,9 @@ def create(
             ),
         )
     if not rights:
-        remark(f"the token has no right of its own; those of [[principal]] {name} in the policy hold")
+        remark(f"the token has no rights of its own, only those of [[principal]] {name} in the policy")
     answer({"id": made.id, "token": token, **_shown(made)})
-    remark("keep the token now: only its hash is stored")
+    remark("save the token now: only its hash is stored")
 
 
 @tokens.command(name="list")
@@ -144,7 +144,7 @@ def _tokens_file() -> Path:
 
     found = invocation().settings().tokens
     if found is None:
-        raise ConfigurationError("name the file of tokens by ARTIFACT_STORE_TOKENS or --tokens")
+        raise ConfigurationError("name the file of tokens with ARTIFACT_STORE_TOKENS or --tokens")
     return found
 
 
@@ -284,7 +284,7 @@ def _policy(file: Path | None) -> Policy:
 
     path = file or invocation().settings().policy
     if path is None:
-        raise ConfigurationError("name the policy file, as an argument or by ARTIFACT_STORE_POLICY")
+        raise ConfigurationError("name the policy file, as an argument or with ARTIFACT_STORE_POLICY")
     return read_policy(path)
 
 

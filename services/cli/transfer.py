@@ -139,7 +139,7 @@ def _say_how_to_go_on(state: PushState) -> None:
     if state.kept:
         remark("the package stays open; run the same command again to continue (--new starts a new one)")
     else:
-        remark("the package stays open; the push cannot be resumed, because its state could not be kept")
+        remark("the package stays open; the push cannot be resumed, because its state could not be saved")
 
 
 @click.command()
@@ -163,8 +163,8 @@ def pull(package: str, destination: Path, *, force: bool, rename: bool, concurre
             f" and {len(read) - MAX_PAIRS:,} more" if read[MAX_PAIRS:] else ""
         )
         remark(
-            f"warning: programs that run in {str(destination)!r} read what the package brought and may run commands "
-            f"that it names: {shown}"
+            f"warning: programs that run in {str(destination)!r} read files from the package and may run commands "
+            f"that these contain: {shown}"
         )
     answer(
         {

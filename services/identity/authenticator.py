@@ -262,7 +262,7 @@ class Authenticator:
                 take(file)
             except ConfigurationError as error:
                 if file.failure != error.detail:
-                    _log.error("%s; what it said before stays in force", error.detail)
+                    _log.error("%s; its previous content stays in force", error.detail)
                 file.failure = error.detail
                 self._stale.labels(file.name).set(1)
             else:

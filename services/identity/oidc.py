@@ -142,7 +142,7 @@ def read_keys(document: object, algorithms: Sequence[str]) -> Keys:
     """
     listed = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(listed, list):
-        raise ValueError("it is no JSON Web Key Set: it has no list `keys`")
+        raise ValueError("it is not a JSON Web Key Set: it has no list `keys`")
     found = list(_usable(listed[:_MAX_KEYS], algorithms))
     if not found:
         raise ValueError(f"it has no public key for {', '.join(algorithms)}")
@@ -367,5 +367,5 @@ class Issuer:
         except (ValueError, RecursionError):
             raise UnavailableError(f"{address} answered with something that is no JSON") from None
         if not isinstance(found, dict):
-            raise UnavailableError(f"{address} answered with something that is no JSON object")
+            raise UnavailableError(f"{address} did not answer with a JSON object")
         return found

@@ -63,7 +63,9 @@ Claims = Mapping[str, Any]
 def check_name(name: str) -> str:
     """The name of a static token, unchanged. Raises ValueError."""
     if not _NAME.fullmatch(name):
-        raise ValueError("a name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with no sign")
+        raise ValueError(
+            "a name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with a letter or digit"
+        )
     return name
 
 
@@ -72,7 +74,7 @@ def check_pattern(pattern: str) -> str:
     if not pattern:
         raise ValueError("an empty pattern matches nothing; '*' matches everything")
     if pattern.count("*") > _MAX_STARS:
-        raise ValueError(f"a pattern may have {_MAX_STARS} '*' at most")
+        raise ValueError(f"a pattern may have at most {_MAX_STARS} '*'")
     return pattern
 
 
@@ -88,7 +90,7 @@ def check_issuer_url(url: str) -> str:
     if parts.scheme == "http" and is_loopback(host):
         return url
     if parts.scheme != "https":
-        raise ValueError("it must be https; http is taken on loopback only")
+        raise ValueError("it must be https; http is accepted only on loopback")
     return url
 
 
@@ -132,9 +134,9 @@ class IssuerTable(_Table):
     @classmethod
     def _plain_alias(cls, alias: str) -> str:
         if not _ALIAS.fullmatch(alias):
-            raise ValueError("an alias has 1 to 32 small letters, digits and hyphens, and begins with a letter")
+            raise ValueError("an alias has 1 to 32 lower-case letters, digits and hyphens, and begins with a letter")
         if alias in _RESERVED:
-            raise ValueError(f"{', '.join(sorted(_RESERVED))} are aliases of the product's own")
+            raise ValueError(f"{', '.join(sorted(_RESERVED))} are reserved aliases")
         return alias
 
     @field_validator("url")

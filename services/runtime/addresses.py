@@ -24,7 +24,7 @@ class ListenAddress:
         host = host.removeprefix("[").removesuffix("]")
         number = parse_number(port)
         if not host or number is None or number > _LAST_PORT:
-            raise ValueError("it must be HOST:PORT, as 127.0.0.1:9464 or [::1]:9464")
+            raise ValueError("it must be HOST:PORT, such as 127.0.0.1:9464 or [::1]:9464")
         check_host(host)
         return cls(host, number)
 

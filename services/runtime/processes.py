@@ -178,7 +178,7 @@ class _Watched:
         finally:
             stopping.cancel()
             if not ended.done():
-                logger.warning("process %d does not end, it is killed", self._number)
+                logger.warning("process %d does not end and is killed", self._number)
                 _send(process, signal.SIGKILL)
             if process.stdin is not None:
                 process.stdin.close()

@@ -143,7 +143,7 @@ async def test_the_checksum_that_the_store_keeps_tells_that_an_object_has_other_
         wrong.append(bytes(size))
         await store._requests.send("PUT", blob.key, frozenset({200}), body=wrong, headers=kept)
     if size == LARGE:
-        with pytest.raises(UnavailableError, match="other bytes than belong there: retry"):
+        with pytest.raises(UnavailableError, match="does not hold its own bytes: retry"):
             await put(store, data, declared(data))
     assert await put(store, data, declared(data)) == blob
     assert await got(store, blob) == data

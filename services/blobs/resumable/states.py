@@ -151,7 +151,7 @@ class UploadStates:
             data = await self._blobs.get_object(_key(upload_id, numbers[-1]))
             if data is not None:  # otherwise its successor was written meanwhile
                 if not self._is_authentic(_key(upload_id, numbers[-1]), data):
-                    _log.warning("the state of upload %s is passed over: it has no valid tag", upload_id)
+                    _log.warning("the state of upload %s is ignored: it has no valid tag", upload_id)
                     return None
                 return None if (found := _read(data, numbers[-1])).gone else found
         raise UnavailableError(f"upload {upload_id} changes too fast to be read: retry")

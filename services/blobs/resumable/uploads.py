@@ -401,7 +401,7 @@ class ResumableUploads:
         """The upload, which has so many bytes. Raises UploadNotFoundError, UploadOffsetError."""
         state = await self._known(package_id, upload_id)
         if offset != state.offset:
-            raise UploadOffsetError(f"the upload stands at {state.offset}, not at {offset}: go on from there")
+            raise UploadOffsetError(f"the upload stands at {state.offset}, not at {offset}: continue from there")
         return state
 
     async def _alive(self, upload_id: UUID) -> UploadState | None:
@@ -473,9 +473,9 @@ class Checksum:
     def __post_init__(self) -> None:
         """Raises InvalidRequestError for an algorithm that is not known, or a digest of another length."""
         if self.algorithm not in ALGORITHMS:
-            raise InvalidRequestError(f"checksums are taken by {', '.join(ALGORITHMS)}")
+            raise InvalidRequestError(f"checksums are supported with {', '.join(ALGORITHMS)}")
         if len(self.digest) != len(ALGORITHMS[self.algorithm]().digest()):
-            raise InvalidRequestError(f"the checksum is none of {self.algorithm}: its length differs")
+            raise InvalidRequestError(f"the checksum is not one of {self.algorithm}: its length differs")
 
 
 class Appending:

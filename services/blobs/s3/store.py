@@ -412,7 +412,7 @@ class S3BlobStore:
             raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
         if (there.length, there.crc32) != (stored.length, crc32_text(crc32)):
             self.mistrust(key)
-            raise UnavailableError(f"blob {key} has other bytes than belong there: retry, so that they are replaced")
+            raise UnavailableError(f"blob {key} does not hold its own bytes: retry, so that they are replaced")
         return stored
 
     async def _abandon(self, upload: MultipartUpload, own_key: str | None) -> None:

@@ -226,7 +226,7 @@ class KafkaSettings:
         if scheme != "kafka" or not all(_ENTRY.fullmatch(entry) for entry in bootstrap.split(",")):
             raise ConfigurationError(
                 "ARTIFACT_STORE_LOG_URL must be kafka://host:port[,host:port]/PREFIX; "
-                "credentials belong into ARTIFACT_STORE_KAFKA_OPTIONS"
+                "credentials belong in ARTIFACT_STORE_KAFKA_OPTIONS"
             )
         if not _PREFIX.fullmatch(prefix):
             raise ConfigurationError(

@@ -96,7 +96,7 @@ def test_following_says_where_to_go_on(embedded_settings: Settings, tmp_path: Pa
         process.send_signal(number)
         _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0
-    _, _, position = said.decode().strip().partition("to go on from here: --since ")
+    _, _, position = said.decode().strip().partition("to continue from here: --since ")
     assert output_of(embedded_settings, "tail", "--since", position) == b""
 
 
