@@ -93,7 +93,7 @@ async def _require_record(log: Log, partition: int, offset: int, end: int) -> No
 
 async def _require_pair(original: Log, copy: Log) -> None:
     if await original.identity() == await copy.identity():
-        raise ConfigurationError("a log is no copy of itself: name two logs")
+        raise ConfigurationError("a log is not a copy of itself: name two logs")
     partitions, others = await original.partitions(), await copy.partitions()
     if partitions != others:
         raise ConfigurationError(

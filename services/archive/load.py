@@ -118,13 +118,13 @@ class _Check:
         if place <= self._last or record.partition >= self._contents.partitions or self._blobs:
             raise CorruptError(f"the record {where} is out of order")
         if record.key != str(event.package_id).encode() or is_administrative(event):
-            raise CorruptError(f"the record {where} is no event of the package that its key names")
+            raise CorruptError(f"the record {where} is not an event of the package that its key names")
         if record.time != event.created_at:
             raise CorruptError(f"the record {where} has another time than its event")
         if self._wanted is not None and event.package_id not in self._wanted:
             raise CorruptError(f"the record {where} is of a package that was not to be exported")
         if not self._chains.follow(event, where):
-            raise CorruptError(f"the event {where} comes again")
+            raise CorruptError(f"the event {where} is repeated")
         self._last = place
         mark = fingerprint_of(record.value)
         _, count = self._types.get(mark, ("", 0))
@@ -142,7 +142,7 @@ class _Check:
             self._blob = piece.digest, piece.length, done
             return
         if done > piece.length or self._hash.digest() != piece.digest:
-            raise CorruptError(f"blob {piece.digest.hex()} in {self._path} has other bytes")
+            raise CorruptError(f"blob {piece.digest.hex()} in {self._path} does not hold its own bytes")
         self._blob = None
         self._blobs, self._blob_bytes = self._blobs + 1, self._blob_bytes + piece.length
 

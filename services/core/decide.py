@@ -314,7 +314,7 @@ def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now
         check_text("media_type", media_type)
     largest = max([file.size_bytes for file in files])
     if largest > limits.max_file_bytes:
-        raise TooLargeError(f"a file is {largest:,} bytes; the limit is {limits.max_file_bytes:,}")
+        raise TooLargeError(f"a file has {largest:,} bytes; the limit is {limits.max_file_bytes:,}")
     for file in files:
         _check_receipt(file)
     paths = [file.relative_path for file in files]
@@ -351,7 +351,7 @@ def _check_receipt(file: StoredFile) -> None:
         or len(file.blake3) != DIGEST_BYTES
         or len(file.sha256) != DIGEST_BYTES
     ):
-        raise InvalidRequestError(f"the receipt of {file.relative_path!r} names no bytes of a blob")
+        raise InvalidRequestError(f"the receipt of {file.relative_path!r} does not name bytes of a blob")
     check_text("backend_id", file.backend_id)
 
 

@@ -300,4 +300,4 @@ def _loads(data: bytes) -> Any:
     try:
         return cbor2.loads(data)
     except (cbor2.CBORDecodeError, ValueError, TypeError, RecursionError, OverflowError):
-        raise InvalidRequestError("what was forwarded is no CBOR") from None
+        raise InvalidRequestError("what was forwarded is not CBOR") from None

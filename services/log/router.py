@@ -104,7 +104,7 @@ class Router:
         held = self._held.get(partition, 0)
         if held and held + size > MAX_BYTES:
             self._counts.pushed_back += 1
-            raise PushBackError("too many commands seek the writer of the package's partition", 2.0)
+            raise PushBackError("too many commands are looking for the writer of the package's partition", 2.0)
         self._held[partition] = held + size
         try:
             yield

@@ -129,7 +129,7 @@ async def in_order_of_time(log: Log, since: Position | None, until: Position) ->
     behind = [p for p, end in until.offsets.items() if offsets.get(p, 0) < end]
     if len(behind) > MOST_BY_TIME:
         raise InvalidRequestError(
-            f"by time, events of {MOST_BY_TIME} partitions can be read at most, and these lie in {len(behind)}: "
+            f"events of at most {MOST_BY_TIME} partitions can be read by time, and these lie in {len(behind)}: "
             "read them as they lie, and sort them by created_at"
         )
     async with AsyncExitStack() as readers:

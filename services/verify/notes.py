@@ -129,7 +129,7 @@ class Notes:
         self._db.close()
         if isinstance(error, sqlite3.Error):
             raise UnavailableError(
-                f"the temporary file of the verification cannot be used: {error}; TMPDIR says where it is to lie"
+                f"the temporary file of the verification cannot be used: {error}; TMPDIR sets its folder"
             ) from error
 
     def head(self, package_id: UUID) -> tuple[Head, bool]:

@@ -173,7 +173,7 @@ class Deliverer:
                 logger.warning("webhooks: %s; trying again in %g s", error.detail, pause)
             except Exception:  # a mistake in this program must not end delivery for good
                 pause = _AGAIN_SECONDS
-                logger.exception("webhooks: a mistake in this program; trying again in %g s", pause)
+                logger.exception("webhooks: a bug in this program; trying again in %g s", pause)
             await wait_for_stop(stop, pause)
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
@@ -213,7 +213,7 @@ class Deliverer:
                     await lead.save()
             except (_LostError, ArtifactStoreError, TimeoutError) as error:
                 logger.warning(
-                    "webhooks: what was delivered last is delivered again, as it was not saved: %s",
+                    "webhooks: the last deliveries are repeated, because they were not saved: %s",
                     str(error) or "the database gives no answer",
                 )
             with suppress(ArtifactStoreError):
@@ -278,7 +278,7 @@ class _Lead:
                 self._beaten_at = began
                 self._on_time.set()
             except TimeoutError:
-                logger.warning("webhooks: the database takes no heartbeat within %g s", LATE_SECONDS)
+                logger.warning("webhooks: the database accepts no heartbeat within %g s", LATE_SECONDS)
             except ArtifactStoreError as error:
                 logger.warning("webhooks: no heartbeat: %s", error.detail)
             await asyncio.sleep(max(0.0, began + _BEAT_SECONDS - time.monotonic()))

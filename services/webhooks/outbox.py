@@ -303,7 +303,7 @@ class Outbox:
             logger.warning("subscription %s: %s", self.subscription.subscription_id, error.detail)
         except Exception:  # a mistake with one package must not stop the others, nor this one when it passes
             pause = _READ_AGAIN_SECONDS
-            logger.exception("subscription %s: a mistake in this program", self.subscription.subscription_id)
+            logger.exception("subscription %s: a bug in this program", self.subscription.subscription_id)
         finally:
             self._busy.discard(package_id)
         if pause and held is not None:

@@ -474,7 +474,7 @@ class Subscriptions:
             found = await _found(connection, subscription_id, owner, lock=True)
             if found.position.log == position.log and not found.position.covers(position):
                 raise InvalidPositionError(
-                    "the subscription has not come as far as this position: it gets what follows"
+                    "the subscription has not reached this position yet: it will get what follows"
                 )
             for row in (
                 await connection.execute(select(webhook_held).where(held.subscription_id == subscription_id))

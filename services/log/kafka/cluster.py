@@ -200,7 +200,7 @@ class Cluster:
                     if self.registry is None:
                         raise ConfigurationError(
                             f"the values of topic {self._kafka.topic} carry ids of a schema registry: set "
-                            "ARTIFACT_STORE_SCHEMA_REGISTRY_URL to the one that the topic was made with"
+                            "ARTIFACT_STORE_SCHEMA_REGISTRY_URL to the one with which the topic was created"
                         )
                     self._framing = ConfluentFraming(self.registry.ids())
                 self._framing_known = True

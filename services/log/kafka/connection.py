@@ -348,7 +348,7 @@ def _check_option(name: str, value: str | float | bool) -> None:
     if not _ALLOWED.fullmatch(name):
         raise ConfigurationError(
             f"ARTIFACT_STORE_KAFKA_OPTIONS must not set {name}: only security, network, time-outs, sizes and log lines "
-            "can be set, because the log's guarantees stand on the rest"
+            "can be set, because the log's guarantees depend on the rest"
         )
     if name.startswith("sasl.kerberos.") and not _KERBEROS_NAME.fullmatch(str(value)):
         raise ConfigurationError(
@@ -474,7 +474,9 @@ def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
             "if it was deleted, restore it from a mirror or backup first"
         )
     if code in _OUTSIDE:
-        return OutsideError(f"{doing}: the offset is not in the log any more; it was truncated, re-created or restored")
+        return OutsideError(
+            f"{doing}: the offset is no longer in the log; the log was truncated, created again or restored"
+        )
     return UnavailableError(f"Kafka cannot be used for {doing} now: {cause_of(error)}")
 
 

@@ -231,7 +231,7 @@ class PartitionLease(Lease):
         if topic.identity != identity:
             raise LogIdentityError(
                 f"the topic was deleted and created again: it was log {identity}, it is log {topic.identity}. "
-                "Restart the gateways: they then say what is lost"
+                "Restart the gateways: they will then say what is lost"
             )
         self._partitions = topic.partitions
         self._framing = self._cluster.framing()
@@ -413,7 +413,7 @@ class PartitionLease(Lease):
     def _commit_sent(self) -> None:
         """Commit what was sent and flushed. Raises whatever the client raises, and UnavailableError."""
         if self._in_doubt():
-            raise UnavailableError("the topic may not be the log's any more")
+            raise UnavailableError("the topic may no longer be the one of this log")
         _open(self._producer).commit_transaction(COMMIT_SECONDS)
 
     def save_if_due(self) -> None:
@@ -860,7 +860,7 @@ class _Delivered:
             raise UnavailableError(otherwise)
         first, last = self._offsets[0], self._offsets[-1]
         if last < first + self._count - 1:
-            raise UnavailableError(f"the log lost records behind offset {first} while a transaction was sent")
+            raise UnavailableError(f"the log lost records after offset {first} while a transaction was being sent")
         return first
 
 

@@ -140,7 +140,9 @@ class KafkaLog:
         watch = Watch((await self._look()).identity, self.identity)
         reached = await self._checked_ends(wanted, {p: ends[p] for p in wanted})
         if short := [p for p in wanted if ends[p] > reached[p]]:
-            raise CorruptError(f"partition {short[0]} ends at offset {reached[short[0]]}: what lay behind it is gone")
+            raise CorruptError(
+                f"partition {short[0]} ends at offset {reached[short[0]]}: the records after it are gone"
+            )
         scanning = _Scan(self, wanted, ends, watch, headers=headers)
         with ThreadPoolExecutor(1, thread_name_prefix="log-scan") as thread:
             loop = asyncio.get_running_loop()

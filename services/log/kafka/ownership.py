@@ -134,7 +134,7 @@ class WriterGroup:
             groups = [*((group, "gateway") for group in gateways), *((group, "projector") for group in projectors)]
             found = [(group, role, self._describe(group)) for group, role in groups]
         except (UnavailableError, ConfigurationError) as error:
-            raise PushBackError(f"who could read it cannot be told: {error.detail}") from error
+            raise PushBackError(f"it is unknown who could read it: {error.detail}") from error
         for group, role, members in found:
             if members is None:
                 raise PushBackError(f"the group {group} is between two assignments; try again in a moment")

@@ -50,7 +50,7 @@ class ConfluentFraming:
             return head + value[HEAD_BYTES:]
         found = value[len(_MAGIC) :] if value.startswith(_MAGIC + SINGLE_OBJECT) else value
         if self.received(found) != value:
-            raise CorruptError("a value cannot be told apart from others in Confluent's framing")
+            raise CorruptError("a value is ambiguous in Confluent's framing")
         return found
 
     def received(self, value: bytes) -> bytes:
@@ -115,7 +115,7 @@ class SchemaRegistry:
         if missing:
             raise ConfigurationError(
                 f"the schema registry lacks the schemas of {', '.join(missing)}: run `artifact-store migrate`, with "
-                "ARTIFACT_STORE_SCHEMA_REGISTRY_URL as it was when the topic was made"
+                "ARTIFACT_STORE_SCHEMA_REGISTRY_URL as it was when the topic was created"
             )
         self._ids = {event_type: id_ for event_type, id_ in found.items() if id_ is not None}
         return self._ids

@@ -262,9 +262,9 @@ class Guard:
         try:
             yield
         except (UnavailableError, ConfigurationError) as error:
-            _LOG.debug("the topic's %s could not be looked at: %s", what, error.detail)
+            _LOG.debug("the topic's %s could not be checked: %s", what, error.detail)
         except Exception:  # noqa: BLE001 - the process goes on writing, and the cause is logged whole
-            _LOG.exception("the topic's %s could not be looked at", what)
+            _LOG.exception("the topic's %s could not be checked", what)
 
     def _trouble_is(self, troubles: Sequence[str]) -> None:
         self._trouble = unfit(self._kafka, troubles) if troubles else None

@@ -396,7 +396,7 @@ def told(request: Request, outcome: Outcome) -> Outcome:
 def given_up(request: Request, done: int) -> Exception:
     """The answer to a command whose transactions failed, with others and alone. The log holds `done` of its events."""
     if request.spoiled and request.events == 1:
-        return RejectedError("Kafka does not take an event of this command; nothing is recorded")
+        return RejectedError("Kafka refuses an event of this command; nothing is recorded")
     # Each event may be small enough for the topic while a batch of them is too large.
     cause = "max.message.bytes of the topic is too small for it" if request.spoiled else request.last_failure
     failed = f"the command's transaction failed {request.failures} times ({cause})"

@@ -148,7 +148,7 @@ async def test_a_deposed_leader_that_lacks_records_is_no_proof_of_a_loss(
         def take(self, limit: int, timeout: float, *, headers: bool = False) -> list[Record]:
             asked[tuple(self.reached())] += 1
             if asked[tuple(self.reached())] == 1:
-                raise CorruptError("the offset is not in the log any more")
+                raise CorruptError("the offset is no longer in the log")
             return super().take(limit, timeout)
 
     with monkeypatch.context() as patched:
@@ -175,13 +175,13 @@ async def test_a_partition_whose_beginning_was_deleted_with_the_rest_is_refused_
 
         async def refused() -> bool:
             [trouble] = [status.trouble for status in await writer.status() if status.partition == 0]
-            return "not in the log any more" in (trouble or "")
+            return "no longer in the log" in (trouble or "")
 
         await until(refused, PATIENCE_SECONDS, "it is written to")
         with pytest.raises(CorruptError):
             await writer.submit(create_in(0))
         async with asyncio.timeout(AT_ONCE_SECONDS):
-            with pytest.raises(ConflictError, match=r"in the log any more.* Restore the topic"):
+            with pytest.raises(ConflictError, match=r"no longer in the log.* Restore the topic"):
                 await writer.confirm_here(AcceptLoss(0, offset, bytes(32), "ada", "", uuid4()))
         await writer.submit(create_in(1))
     with state_about(path) as about:
