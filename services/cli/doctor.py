@@ -171,7 +171,7 @@ async def _looked(part: str, look: Look, settings: Settings) -> Finding:
     return finding
 
 
-_NOT_THERE = "not there yet; the first command that writes makes it"
+_NOT_THERE = "not there yet; the first write creates it"
 
 
 async def _log(settings: Settings, finding: Finding) -> None:
@@ -240,7 +240,7 @@ async def _gateways(settings: Settings, finding: Finding) -> None:
     releases = sorted({process["release"] for process in found if process["trouble"] is None})
     finding.remarks.append(f"{len(found)} processes{', release ' if releases else ''}{' and '.join(releases)}")
     if len(releases) > 1:
-        finding.remarks.append("an upgrade is not complete: adjacent releases may run beside each other until it is")
+        finding.remarks.append("an upgrade is not finished: until it is, adjacent releases may run together")
 
 
 async def _blobs(settings: Settings, finding: Finding) -> None:
@@ -334,7 +334,7 @@ async def _webhooks(settings: Settings, finding: Finding) -> None:
     finally:
         await views.close()
     if found["active"] is None:
-        finding.remarks.append(f"not looked at: {found['trouble']}")
+        finding.remarks.append(f"not checked: {found['trouble']}")
     elif found["trouble"] is not None:
         finding.wrong.append(found["trouble"])
     else:
@@ -349,7 +349,7 @@ async def _identity(settings: Settings, finding: Finding) -> None:
     from services.identity.static_tokens import read_tokens
 
     if settings.policy is None and settings.tokens is None:
-        finding.remarks.append("no policy and no tokens: whoever reaches the gateway may do everything")
+        finding.remarks.append("no policy and no tokens: everyone who reaches the gateway may do everything")
         return
     policy = Policy() if settings.policy is None else read_policy(settings.policy)
     tokens = [] if settings.tokens is None else list(read_tokens(settings.tokens))

@@ -206,7 +206,7 @@ def skip(partition: int, offset: int, digest: str, reason: str, actor: str | Non
 
     _confirmed(
         SkipRecord(partition, offset, _digest(digest), _acting(actor), reason, uuid4()),
-        f"partition {partition} passes over the record at offset {offset}",
+        f"partition {partition} skips the record at offset {offset}",
     )
 
 

@@ -62,7 +62,7 @@ def status() -> None:
     else:
         say_wrapped(found["views_trouble"], first="views: ", indent=2)
     if found["writers"] is None:
-        say("\nthe log is a file: whoever writes holds its lock")
+        say("\nthe log is a file: a writer holds its lock")
         return
     if (delivered := found["webhooks"]) is not None and (delivered["active"] or delivered["trouble"]):
         say("")
@@ -257,7 +257,7 @@ def build_note(name: str, build: Mapping[str, Any]) -> str:
         return f"a replay by {build['builder']} is running, {build['behind']} events behind"
     return (
         f"a replay by {build['builder']} ended early, {build['behind']} events behind: `artifact-store replay {name}` "
-        f"goes on with it, `artifact-store replay {name} --drop` removes what it has built"
+        f"continues it, `artifact-store replay {name} --drop` removes what it has built"
     )
 
 
@@ -298,7 +298,7 @@ async def processes(log: Log, settings: Settings) -> list[dict[str, Any]] | None
     members = [*await _gateways(kafka), *await _members(kafka, kafka.kafka.aside_group)]
     urls = sorted({member.client_id for member in members})
     told = await _told(urls, settings, lambda forwarder, url: forwarder.process(url))
-    return [_process_shown(url, told.get(url, "it has no address to ask")) for url in urls]
+    return [_process_shown(url, told.get(url, "its address is not known")) for url in urls]
 
 
 def _process_shown(url: str, told: ProcessStatus | str | None) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def _process_shown(url: str, told: ProcessStatus | str | None) -> dict[str, Any]
     if isinstance(told, ProcessStatus):
         return {"url": url, **asdict(told), "trouble": None}
     nothing = ProcessStatus("unknown", {}, None, None, {})
-    return {"url": url, **asdict(nothing), "trouble": told or "its release does not tell how it is: upgrade it"}
+    return {"url": url, **asdict(nothing), "trouble": told or "its release does not report its health: upgrade it"}
 
 
 _SKEW_SECONDS = 5.0
@@ -465,7 +465,7 @@ def _asked_owner(
 
     if owner is None:
         return PartitionStatus(partition, None, trouble="no process writes to it")
-    said = told.get(owner, "its owner has no address to ask")
+    said = told.get(owner, "the address of its owner is not known")
     if isinstance(said, str):
         return PartitionStatus(partition, owner, trouble=said)
     known = next((found for found in said if found.partition == partition), None)

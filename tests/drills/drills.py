@@ -433,7 +433,7 @@ async def two_releases(scene: Scene) -> AsyncIterator[None]:
     assert await scene.becomes(lambda: _pends(scene, "ReleasesDiffer"), ALERT_SECONDS)
     _, said = await scene.doctor()
     assert re.search(r"release 0\.\S+ and 9\.9\.9", said), said
-    assert "an upgrade is not complete" in said
+    assert "an upgrade is not finished" in said
     try:
         yield
     finally:

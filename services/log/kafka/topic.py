@@ -284,7 +284,7 @@ class Guard:
         until = datetime.fromtimestamp(second, UTC).isoformat()
         return (
             f"the last event of partition {partition} has the time {until}, {span(ahead)} ahead of this machine's "
-            "clock, and times never step back within a partition. If this clock is wrong, set it. If the event's time "
-            f"is wrong, `{command(self._kafka, needed)}` lets the partition be written to, with that time on all "
+            "clock, and times never go back within a partition. If this clock is wrong, set it. If the event's time "
+            f"is wrong, `{command(self._kafka, needed)}` allows writes to it, with that time on all "
             f"events until it is reached; then `{command(self._kafka, usual)}` ends the exception"
         )

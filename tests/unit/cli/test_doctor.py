@@ -137,7 +137,7 @@ def test_a_replay_that_ended_early_is_told_from_one_that_runs(run: Run, filled: 
     asyncio.run(begun(filled))
     left = json.loads(run("status", "--json").stdout)["projections"][0]["building"]
     assert not left["running"]
-    assert "`artifact-store replay registry` goes on with it" in doctor(run, code=1)["projections"]["cause"]
+    assert "`artifact-store replay registry` continues it" in doctor(run, code=1)["projections"]["cause"]
     lock = FileLock(Path(f"{filled.views_url.partition(':///')[2]}.registry.building.lock"))
     assert lock.take()
     try:
