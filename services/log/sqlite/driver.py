@@ -77,7 +77,12 @@ class _Kept:
 
 
 class PackageStates(State):
-    """See `State`. Set `connection`, from which events are read, before anything else."""
+    """A bounded cache of package states, which a writer keeps between batches: see `State`.
+
+    Other processes append too, so a state in the cache may lack events. It is brought up to date from the log before it
+    is used. A state that was dropped from the cache is read from the log again. Set `connection`, from which events are
+    read, before anything else.
+    """
 
     connection: sqlite3.Connection
 

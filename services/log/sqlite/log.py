@@ -295,7 +295,10 @@ _NOTHING = Batch((), {})
 
 
 class SqliteSubscription:
-    """See `Subscription`. Having the partition is a lock on a file, which the system frees when a process dies."""
+    """A projection's membership: one member at a time, in any process, has the partition. See `Subscription`.
+
+    Having the partition is a lock on a file, which the system frees when a process dies.
+    """
 
     def __init__(
         self, path: Path, readers: Readers, projection: str, start_offsets: StartOffsets, poll_seconds: float
