@@ -162,8 +162,9 @@ async def _looked(part: str, look: Look, settings: Settings) -> Finding:
         finding.wrong.append(f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?")
     except UnavailableError as error:
         finding.away = True
-        # A gateway that gives its causes runs, and a message that names a setting says what to look at.
-        explained = "ARTIFACT_STORE_" in error.detail or error.detail.startswith("the gateway is ")
+        # A gateway that gives its causes runs, and a message that names a setting or command says what to look at.
+        said = error.detail
+        explained = "ARTIFACT_STORE_" in said or "`artifact-store " in said or said.startswith("the gateway is ")
         hint = "" if explained else f"; is it running, and is {_ADDRESSES[part]} right?"
         finding.wrong.append(error.detail + hint)
     except ArtifactStoreError as error:

@@ -371,8 +371,9 @@ async def test_wrong_credentials_are_named_but_not_shown(at: Endpoint, wrong: st
 async def test_a_bucket_that_is_missing_is_made_by_migrate_and_named_until_then(at: Endpoint) -> None:
     other = Endpoint(at.host, f"{at.bucket}-new", False, at.access_key, at.secret_key, at.region)
     async with opened(other) as store:
-        for act in (store.check(), put(store, b"x"), anext(aiter(store.read(content_key(bytes(32)), 0, 1)))):
-            with pytest.raises(UnavailableError, match="has no bucket"):
+        read = store.read(content_key(bytes(32)), 0, 1)
+        for act in (store.check(), put(store, b"x"), anext(aiter(read)), store.list_objects("snapshots/")):
+            with pytest.raises(UnavailableError, match=r"has no bucket .*if it was deleted, restore it"):
                 await act
         await store.migrate()
         await store.migrate()

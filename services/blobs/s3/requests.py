@@ -343,8 +343,20 @@ class S3Requests:
         """An error that names the store and the reason."""
         return UnavailableError(f"the blob store at {self.endpoint.host} {reason}")
 
+    def no_bucket(self) -> UnavailableError:
+        """The error for a bucket that does not exist."""
+        return self.unavailable(
+            f"has no bucket {self.endpoint.bucket}: `artifact-store migrate` creates it; if it was deleted, restore it "
+            "from a copy first"
+        )
+
     def refused(self, code: str) -> AccessRefusedError:
-        """The error for credentials that are not accepted."""
+        """The error for credentials, or a clock, that are not accepted."""
+        if code == "RequestTimeTooSkewed":
+            return AccessRefusedError(
+                f"the blob store at {self.endpoint.host} refuses requests of this machine's time: set the clock that "
+                "is wrong, best by NTP on both"
+            )
         return AccessRefusedError(
             f"the blob store at {self.endpoint.host} refuses access ({code or 'no reason given'}): check "
             "ARTIFACT_STORE_S3_ACCESS_KEY, ARTIFACT_STORE_S3_SECRET_KEY, ARTIFACT_STORE_S3_REGION and the clock"
@@ -411,7 +423,7 @@ class S3Requests:
     def _judge(self, method: str, key: str, answer: Answer, expect: frozenset[int]) -> None:
         code = answer.code
         if code == "NoSuchBucket":
-            raise self.unavailable(f"has no bucket {self.endpoint.bucket}: `artifact-store migrate` creates it")
+            raise self.no_bucket()
         if answer.status in expect:
             return
         if answer.status == 507 or code in _FULL_CODES:

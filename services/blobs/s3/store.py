@@ -477,6 +477,8 @@ class S3BlobStore:
         except S3Error as error:
             if error.response.status in {401, 403}:
                 raise self._requests.refused(error.code or "") from None
+            if error.code == "NoSuchBucket":
+                raise self._requests.no_bucket() from None
             raise self._requests.unavailable(f"answered {error.code}") from None
         except (MinioException, urllib3.exceptions.HTTPError) as error:
             raise self._requests.unavailable(f"cannot be reached ({type(error).__name__})") from None
