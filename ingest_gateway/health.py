@@ -86,6 +86,10 @@ class ReadyAnswers:
         self._checking = asyncio.Lock()
         self._found: Readiness | None = None
         self._until = 0.0
+        self._failing: dict[str, float] = {}
+        """Since when components have failed at every look."""
+        self._told: set[str] = set()
+        """Of which the log has it."""
 
     async def now(self) -> Readiness:
         """The last result if it is younger than FRESH_SECONDS, else a new one. Waits CHECK_SECONDS at most."""
@@ -99,6 +103,7 @@ class ReadyAnswers:
     async def watch(self, show: Callable[[str, bool], None], stop: asyncio.Event) -> None:
         """Check every WATCH_SECONDS and call `show` with each component and whether it works, until `stop` is set.
 
+        The log says which one fails at two looks, and when it works again: a process that begins is not ready at once.
         A check that is under way then comes to its end, which takes CHECK_SECONDS at most: cut off, it would leave a
         connection of the database's client behind.
         """
@@ -106,11 +111,25 @@ class ReadyAnswers:
             try:
                 for name, part in (await self.now()).parts.items():
                     show(name, part.state == "ok")
+                    self._note(name, part.cause)
             except Exception:  # noqa: BLE001 - nobody waits for this task: a mistake is logged, and the next check comes
                 _log.exception("a readiness check failed")
                 for name in COMPONENTS:
                     show(name, False)
             await wait_for_stop(stop, WATCH_SECONDS)
+
+    def _note(self, name: str, cause: str | None) -> None:
+        now = asyncio.get_running_loop().time()
+        if cause is None:
+            since = self._failing.pop(name, now)
+            if name in self._told:
+                self._told.remove(name)
+                _log.info("component %s works again after %.0f s", name, now - since)
+        elif name not in self._failing:
+            self._failing[name] = now
+        elif name not in self._told:
+            self._told.add(name)
+            _log.warning("component %s fails: %s", name, cause)
 
 
 class Deliveries:

@@ -243,6 +243,7 @@ async def minio_away(scene: Scene) -> AsyncIterator[None]:
     doctor=("WRONG  blobs: ", "WRONG  gateways: .*blobs: no answer within 3 s"),
     status=("blobs: no answer within 3 s",),
     ready=("blobs: no answer within 3 s",),
+    log=("WARNING ingest_gateway.health: component blobs fails: no answer within 3 s",),
     runbook="does the store answer",
 )
 async def minio_frozen(scene: Scene) -> AsyncIterator[None]:
