@@ -174,7 +174,7 @@ def read_environment() -> dict[str, str]:
 def _read_state() -> dict[str, Any] | None:
     if not _STATE_FILE.exists():
         return None
-    state: dict[str, Any] = json.loads(_STATE_FILE.read_text(encoding="utf-8"))
+    state: dict[str, Any] = {"store": STORES[0], **json.loads(_STATE_FILE.read_text(encoding="utf-8"))}
     return state
 
 

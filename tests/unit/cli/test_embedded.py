@@ -116,7 +116,7 @@ def test_pull_warns_of_what_programs_read_unasked(run: Run, tree: Path, tmp_path
     package = json.loads(run("push", tree, *ABOUT, "--json").stdout)["package_id"]
     pulled = run("pull", package, tmp_path / "back", "--json")
     assert json.loads(pulled.stdout)["read_by_programs"] == [".envrc"]
-    assert "may run commands that it names: '.envrc'" in pulled.stderr
+    assert "may run commands that these contain: '.envrc'" in pulled.stderr
 
 
 def test_pull_does_not_replace_what_is_different_unless_it_must(

@@ -88,6 +88,6 @@ async def test_a_log_that_loses_its_tail_and_grows_before_the_first_batch_is_ref
     assert len(await assignment.next_batch(0.01)) == 0
     log.truncate(0, end=3)
     log.append(*History(1).fill(packages=2, files=4).events[:5])
-    with pytest.raises(CorruptError, match="folded a record at offset 4 of partition 0 that the log does not hold"):
+    with pytest.raises(CorruptError, match="folded a record at offset 4 of partition 0 that the log no longer holds"):
         await assignment.next_batch(1.0)
     await assignment.leave()
