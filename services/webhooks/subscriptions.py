@@ -699,7 +699,8 @@ async def _save_held(connection: AsyncConnection, current: Sequence[Progress]) -
 
 async def _save_deliveries(connection: AsyncConnection, there: Sequence[Progress], made: Mapping[UUID, int]) -> None:
     """Save those that are new, and remove as many of the oldest ones where there are too many."""
-    new = [(id_, row) for one in there for row in one.made if row.number > made[id_ := one.subscription_id]]
+    of_all = [(one.subscription_id, row) for one in there for row in one.made]
+    new = [(id_, row) for id_, row in of_all if row.number > made[id_]]
     deliveries = webhook_deliveries
     old = [(id_, row.number - KEPT_DELIVERIES) for id_, row in new if row.number > KEPT_DELIVERIES]
     await delete_rows(connection, (deliveries.c.subscription_id, deliveries.c.number), old)
