@@ -370,7 +370,7 @@ async def gateways_away(scene: Scene) -> AsyncIterator[None]:
 
 @drill(
     "a projector away",
-    "TargetDown",
+    "TargetDown ProjectionStopped",
     frozenset({"ProjectionBehind", "RequestsFail"}),
     doctor=("WRONG  projections: registry: no process runs it",),
     status=("registry\t[1-9][0-9]*\t0\tnone",),
@@ -383,7 +383,7 @@ async def projector_away(scene: Scene) -> AsyncIterator[None]:
 
 @drill(
     "a projector frozen",
-    "TargetDown",
+    "TargetDown ProjectionStopped",
     frozenset({"ProjectionBehind"}),
     doctor=("WRONG  projections: retention: no process runs it",),
     status=("retention\t[1-9][0-9]*\t0\tnone",),
