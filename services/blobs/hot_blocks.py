@@ -1,8 +1,9 @@
-"""Small files read out of the blobs that they share: blocks of a blob that are asked for repeatedly stay in memory.
+"""Reads small files that share a blob: blocks that are requested repeatedly stay in memory.
 
 One request to the store costs as much for a block of a pack as for one file in it. So the second request for something
-in a block reads the whole block, and later ones are answered from memory. What is read only once takes no memory.
-Blobs never change, so nothing here grows old. Whether a caller may read a file is decided elsewhere, for each request.
+in a block reads the whole block, and later ones are answered from memory. A block that is read only once takes no
+memory. Blobs never change, so nothing here goes stale. Whether a caller may read a file is decided elsewhere, for each
+request.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class HotBlocks:
         self._asked_once: OrderedDict[_Block, None] = OrderedDict()
 
     async def read(self, key: str, offset: int, length: int) -> bytes | None:
-        """`length` bytes from `offset` of a blob; None if they are long, or not asked for repeatedly.
+        """`length` bytes from `offset` of a blob; None if they are too many, or were not requested before.
 
         There are fewer bytes where the blob is shorter. Raises CorruptError, UnavailableError: as `BlobStore.read`.
         """
@@ -62,7 +63,7 @@ class HotBlocks:
             del self._blocks[block]
 
     async def close(self) -> None:
-        """End what is under way."""
+        """End the reads in progress."""
         tasks = list(self._blocks.values())
         for task in tasks:
             task.cancel()

@@ -1,9 +1,9 @@
-"""How a body comes in, on every store: in pieces that are counted, hashed and compared with what was declared.
+"""Reading a body, for every store: its pieces are counted, hashed and compared with what was declared.
 
-`Intake` hashes with BLAKE3 and SHA-256 in threads beside the event loop, while the adapter writes the piece. Limits
-and declared digests are checked there alone. `PartPlan` says how large the parts of a long body are, `Pace` bounds the
-time that a slow body may take from others, and `Cleanups` ends what an upload that failed has left. `Mistrusted`
-remembers what has to be stored again although the store says that it is there.
+`Intake` hashes with BLAKE3 and SHA-256 in threads beside the event loop, while the adapter writes the piece. Only
+`Intake` checks limits and declared digests. `PartPlan` sets the size of a long body's parts, `Pace` limits how long a
+slow body may hold up others, and `Cleanups` removes what a failed upload has left. `Mistrusted` remembers blobs that
+must be stored again although the store has them.
 
 S3 takes at most 10,000 parts, each but the last of 5 MiB to 5 GiB (Amazon S3 user guide, "multipart upload limits"). A
 body of known size gets parts that fit it: beyond what memory can hold, they are relayed to the store as they arrive. A
@@ -58,7 +58,7 @@ class BodyHash:
         self._sha256.update(data)
 
     def update_beside(self, pieces: Iterable[bytes]) -> asyncio.Future[None]:
-        """Take the next pieces in a thread of its own, which the future stands for."""
+        """Take the next pieces in another thread; the future is done when the thread is."""
 
         def work() -> None:
             for piece in pieces:
@@ -67,12 +67,12 @@ class BodyHash:
         return asyncio.get_running_loop().run_in_executor(_HASHERS, work)
 
     def digests(self) -> Digests:
-        """Of all that was taken."""
+        """The digests of all bytes that were taken."""
         return Digests(self._length, self._blake3.digest(), self._sha256.digest())
 
 
 async def digests_of(data: bytes) -> Digests:
-    """Of bytes in memory; beside the event loop if they are many."""
+    """The digests of bytes in memory; computed in a thread if they are many."""
     if len(data) <= INLINE_BYTES:
         return Digests(len(data), blake3(data).digest(), hashlib.sha256(data).digest())
     whole = BodyHash()
@@ -81,7 +81,7 @@ async def digests_of(data: bytes) -> Digests:
 
 
 def check_declared(found: Digests, declared: Declared) -> None:
-    """Raise ContentMismatchError if a body is not what was declared."""
+    """Raise ContentMismatchError if a body differs from its declaration."""
     if declared.size_bytes is not None and found.length != declared.size_bytes:
         raise ContentMismatchError(f"the body has {found.length} bytes, {declared.size_bytes} were declared")
     for name, is_, said in (
@@ -93,7 +93,7 @@ def check_declared(found: Digests, declared: Declared) -> None:
 
 
 class Intake:
-    """One body on its way into a store. Belongs to one task."""
+    """One body that is being stored. Belongs to one task."""
 
     def __init__(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> None:
         """Raises TooLargeError at once if the declared size is above `max_bytes`."""
@@ -139,7 +139,7 @@ class Intake:
         return data
 
     async def at_end(self) -> bool:
-        """Whether the body has no further byte; waits for its next chunk if need be."""
+        """Whether the body has ended; waits for its next chunk if need be."""
         while not self._rest and not self._ended:
             try:
                 self._rest = memoryview(await anext(self._chunks))
@@ -242,11 +242,11 @@ _RETRY_SECONDS = 10.0
 
 
 class Pace(Generic[Piece]):
-    """A body, and a block in which it is read; the block ends in PushBackError when the body is slow and others wait.
+    """A body and the block that reads it; the block raises PushBackError when the body is slow while others wait.
 
-    About every `look_seconds` it is asked whether others are `waiting`. If so, and if most of that time was spent
-    waiting for the body, which brought less than SLOW_BYTES_PER_SECOND, what runs in the block is cancelled. A store
-    that is slow is not held against the body.
+    About every `look_seconds` it checks whether others are `waiting`. If so, the block is cancelled if it spent most of
+    that time waiting for the body, and the body was slower than SLOW_BYTES_PER_SECOND. Time that a slow store takes
+    does not count.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class Pace(Generic[Piece]):
         return self.watched(self._body, self._size)
 
     async def watched(self, stream: AsyncIterable[Part], size: Callable[[Part], int]) -> AsyncIterator[Part]:
-        """A stream that is itself a piece of the body, read before the next piece is asked for: it counts as the body.
+        """A stream that is itself a piece of the body, and is read before the next piece: it counts as the body.
 
         `size` says how many bytes a part of it has.
         """
@@ -321,7 +321,7 @@ class Pace(Generic[Piece]):
         self._look_later()
 
     def _look_later(self) -> None:
-        # Drawn, so that of many slow bodies one makes room and the others see that nobody waits any more.
+        # Random, so that one of many slow bodies gives way first, and the others then see that nobody waits any more.
         self._window = self._look_seconds * random.uniform(0.75, 1.25)
         self._timer = self._loop.call_later(self._window, self._look)
 
@@ -330,17 +330,17 @@ _log = logging.getLogger(__name__)
 
 
 class Cleanups:
-    """Runs clean-up work to its end or its time limit, whatever happens to the task that asked for it."""
+    """Runs clean-up work to its end or its time limit, whatever happens to the task that started it."""
 
     def __init__(self, seconds: float = 10.0) -> None:
         self._seconds = seconds
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self, work: Coroutine[None, None, None]) -> None:
-        """Wait for `work`. Cancelled meanwhile, the caller leaves and the work goes on.
+        """Wait for `work`. If the caller is cancelled meanwhile, the work goes on.
 
-        A store that cannot be reached, or not in time, is logged only: the error that led here matters more, and
-        `sweep` finds what is left.
+        If the store cannot be reached in time, this is only logged: the error that led here matters more, and `sweep`
+        finds the rest.
         """
         task = asyncio.create_task(self._bounded(work))
         self._running.add(task)
@@ -367,7 +367,7 @@ Where = TypeVar("Where")
 
 
 class Mistrusted(Generic[Where]):
-    """The latest places whose bytes turned out wrong, of one store and in one process."""
+    """The latest keys whose bytes turned out wrong, in one store and one process."""
 
     def __init__(self) -> None:
         self._found: OrderedDict[Where, None] = OrderedDict()
@@ -376,11 +376,11 @@ class Mistrusted(Generic[Where]):
         return where in self._found
 
     def add(self, where: Where) -> None:
-        """What lies there is not to be taken for what belongs there."""
+        """The bytes at this key are wrong: do not rely on them."""
         self._found[where] = None
         if len(self._found) > _MISTRUSTED_REMEMBERED:
             self._found.popitem(last=False)
 
     def discard(self, where: Where) -> None:
-        """The right bytes were stored there."""
+        """The right bytes were stored at this key."""
         self._found.pop(where, None)

@@ -117,7 +117,7 @@ class LocalBlobStore:
         return self._stored(digests)
 
     async def _store_known(self, intake: Intake, key: str) -> StoredBlob:
-        """Take a body that seems to be stored: it must prove to be what was declared, and the file to be the same."""
+        """Take a body that seems to be stored: it must match its declaration, and the file must have the same bytes."""
         there = self.read(key, 0, await self.size(key) or 0)
         same = True
         async with aclosing(there):  # type: ignore[type-var]  # it is a generator
@@ -138,7 +138,7 @@ class LocalBlobStore:
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """See the port."""
         path = self._path(key)
-        opened: list[int] = []  # what a thread opens for a reader that is cancelled meanwhile must be closed, too
+        opened: list[int] = []  # a cancelled reader must close what its thread opens, too
         try:
             await self._work(lambda: opened.append(_open_for_read(path)))
             (file,) = opened
@@ -241,13 +241,14 @@ class LocalBlobStore:
         return await self._work(keys)
 
     async def delete_object(self, key: str) -> None:
-        """See the port. Leaves the folder, as another object may be on its way into it, but that of an upload."""
+        """See the port. Leaves the folder, as another object may be about to be written there, but removes that of an
+        upload."""
         path = self._root / checked_removable_key(key)
 
         def delete() -> None:
             path.unlink(missing_ok=True)
             if key.startswith(RESUMABLE):
-                with suppress(OSError):  # it is not the last one; or somebody makes one, and will be told to retry
+                with suppress(OSError):  # there are others; or another task creates one, and will be told to retry
                     path.parent.rmdir()
                     self._durable_folders.discard(path.parent)
 
@@ -288,9 +289,8 @@ class LocalBlobStore:
         return self._clock
 
     async def now(self) -> datetime:
-        """See the port. The time that a new file is given: on a network file system it is the server's.
-
-        The system's time where no file can be made, as for a reader.
+        """See the port. The time of a new file: on a network file system it is the server's. The system's time where no
+        file can be created, as for a reader.
         """
         draft = _Draft(self._incoming / f"{uuid4()}.part")
 
@@ -336,14 +336,14 @@ class LocalBlobStore:
     def _keep(self, draft: _Draft, path: Path) -> None:
         draft.sync()
         self._make_folder(path.parent)
-        # These bytes are verified, what is there may be damaged. Of two at a time the later one wins, being equal.
+        # These bytes are verified; an existing file may be damaged. Of two equal files at a time the later one wins.
         draft.path.replace(path)
         self._secure(path.parent)
 
     def _secure(self, folder: Path) -> None:
         """Make the names of the blobs in a folder durable.
 
-        Also for a file that was there: its own writer may not have come to this point yet, or died before it.
+        Also for a file that was there: its own writer may not have got this far yet, or may have died before.
         """
         self._make_folder(folder)
         sync_folder(folder)
@@ -357,7 +357,8 @@ class LocalBlobStore:
         self._durable_folders.add(folder)
 
     async def _work(self, act: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
-        """Run file work in a thread. A cancelled caller still waits for it: no thread uses what is torn down."""
+        """Run file work in a thread. A cancelled caller still waits for the thread, so that it never uses objects that
+        are already closed."""
         running = asyncio.get_running_loop().run_in_executor(self._threads, partial(act, *args, **named))
         try:
             return await ended(running)
@@ -373,7 +374,7 @@ class LocalBlobStore:
 
 
 class _Draft:
-    """A file of `incoming/` on its way to its key. Its methods block."""
+    """A file in `incoming/` before it gets its key. Its methods block."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

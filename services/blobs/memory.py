@@ -1,4 +1,4 @@
-"""Memory for parts of bodies: a budget that all uploads of a process share, and buffers that give it all back."""
+"""Memory for parts of bodies: a budget that all uploads of a process share, and buffers that return their memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SMALL_BYTES = 256 * 1024
 
 
 class PartBuffer:
-    """Room for `capacity` bytes, filled from its beginning.
+    """A buffer of `capacity` bytes, filled from its beginning.
 
     Its pages come from the system and go back to it at `close`. The heap would keep them: glibc stops mapping large
-    blocks on their own once one was freed (mallopt(3), M_MMAP_THRESHOLD), and a process with a few gigabytes of
-    uploads behind it was measured to hold three times its budget. A few are kept for the next buffers instead: new
-    pages were measured to cost twenty times as much processor time as filling those that are there.
+    blocks on their own once one was freed (mallopt(3), M_MMAP_THRESHOLD), and after a few gigabytes of uploads a
+    process was measured to hold three times its budget. A few pages are kept for the next buffers: measured, new pages
+    cost twenty times as much processor time as filling existing ones.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -41,11 +41,11 @@ class PartBuffer:
 
     @property
     def crc32(self) -> int:
-        """CRC-32 of the bytes that are there, counted as they come: they are then still in the processor's cache."""
+        """CRC-32 of the bytes so far, updated as they come, while they are still in the processor's cache."""
         return self._crc32
 
     def append(self, data: bytes) -> None:
-        """Add bytes behind those that are there. Raises ValueError if there is no room."""
+        """Append bytes. Raises ValueError if there is no room."""
         end = self._length + len(data)
         if self._pages is None or end > self._capacity:
             raise ValueError(f"no room for {end} bytes in a buffer of {self._capacity}, or in a closed one")
@@ -54,11 +54,11 @@ class PartBuffer:
         self._crc32 = zlib.crc32(data, self._crc32)
 
     def read(self, start: int, end: int) -> bytes:
-        """A copy of the bytes from `start` to before `end`, or to the end of what is there."""
+        """A copy of the bytes from `start` to before `end`, or to the end of the content."""
         return b"" if self._pages is None else self._pages[start : min(end, self._length)]
 
     def pieces(self, size: int) -> Iterator[bytes]:
-        """Copies of all that is there, so many bytes at a time."""
+        """Copies of the content, so many bytes at a time."""
         for start in range(0, self._length, size):
             yield self.read(start, start + size)
 
@@ -67,7 +67,7 @@ class PartBuffer:
         self._length = self._crc32 = 0
 
     def close(self) -> None:
-        """Give the memory back. The buffer is empty afterwards, so that a request that lingers finds nothing."""
+        """Give the memory back. The buffer is empty afterwards, so that a lingering request finds nothing."""
         self.clear()
         pages, self._pages = self._pages, None
         if pages is None:
@@ -88,13 +88,14 @@ Every smaller buffer has as many, of which only those that are filled take memor
 
 
 class ByteBudget:
-    """At most `limit` bytes are given out at a time, first come first served. Belongs to one event loop.
+    """At most `limit` bytes are given out at a time, first come, first served. Belongs to one event loop.
 
     Nobody may wait for more while holding a part that only becomes free by getting more: an upload takes the whole of
     a part before it fills it, so that every part that was begun can also be finished.
 
-    Beside these, `small` bytes are kept for uploads that need little: they pass those that wait for whole parts, which
-    may take as long as slow clients like. Where these bytes are given out too, a small upload waits like any other.
+    In addition, `small` bytes are reserved for uploads that need little, so that they need not queue with those that
+    wait for whole parts, which slow clients may hold for long. When these bytes are given out too, a small upload waits
+    like any other.
     """
 
     def __init__(self, limit: int, *, small: int = 0) -> None:
@@ -116,11 +117,11 @@ class ByteBudget:
         return any(not turn.done() for _, turn in self._waiting)
 
     def share(self) -> Share:
-        """An empty share of the budget, for one upload; a context manager that gives all back at its end."""
+        """An empty share of the budget, for one upload; a context manager that gives back everything at its end."""
         return Share(self)
 
     def take_small(self, amount: int) -> bool:
-        """Take what is kept for small uploads, at once or not at all; whether it was taken."""
+        """Take bytes that are reserved for small uploads, at once or not at all; whether they were taken."""
         if amount > min(SMALL_BYTES, self._free_small):
             return False
         self._free_small -= amount
@@ -171,7 +172,7 @@ class ByteBudget:
 
 
 class Share:
-    """What one upload holds of a budget; everything is given back when its context ends."""
+    """The part of a budget that one upload holds; everything is given back when its context ends."""
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
@@ -208,7 +209,7 @@ class Share:
         nothing: str = "stored",
         retry_after: float = 5.0,
     ) -> None:
-        """Wait for the first bytes, but not for ever: others may hold all memory and send a byte a minute.
+        """Wait for the first bytes, but not for ever: others may hold all memory and send slowly.
 
         Raises PushBackError, which says that `others` held it, and what was done with none of the body: `nothing`.
         """

@@ -1,4 +1,4 @@
-"""Which blob store a URL means: `file:` a folder, `s3:` or `s3+http:` a bucket."""
+"""Opens the blob store that a URL names: a folder for `file:`, a bucket for `s3:` or `s3+http:`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
             "ARTIFACT_STORE_S3_REGION is empty: us-east-1 is right for most stores except Amazon's"
         )
     from services.blobs.s3.requests import Endpoint
-    from services.blobs.s3.store import S3BlobStore  # loads the SDK, which a folder does without
+    from services.blobs.s3.store import S3BlobStore  # loads the SDK, which a folder does not need
 
     endpoint = Endpoint(
         host=_netloc(host, port),

@@ -2,10 +2,9 @@
 
 A pack is a blob like any other, at the key of its own BLAKE3, in which each file has a range. There are two kinds.
 
-`Packing` packs a bundle: the bytes of its small files, one behind the other in the bundle's order, equal ones once;
-when the next would not fit any more, the next pack begins. The same files in the same order make the same packs, which
-are stored once, and whoever has the files can name the packs without having seen the store: `find_named` looks for
-them.
+`Packing` packs a bundle: the bytes of its small files, one after the other in the bundle's order, equal ones once; a
+file that does not fit begins the next pack. The same files in the same order make the same packs, which are stored
+once. A client that has the files can compute the names of the packs without the store; `find_named` looks for them.
 
 `SharedPacks` packs small bodies of different requests that arrive at the same time, as commands share a transaction. A
 store writes a thousand small objects a second at best, whatever their size. So while packs of a retention class are
@@ -80,8 +79,8 @@ class Packing:
     async def store(self, bundle: Bundle) -> list[Placed]:
         """Store every file of the bundle; returns them in its order, once all their bytes are durable.
 
-        Raises what iterating over the bundle raises, and as `BlobStore.store`. What was stored before under keys of
-        its own is removed then, since nobody has heard of them; packs stay, since others may share them.
+        Raises what iterating over the bundle raises, and as `BlobStore.store`. When it raises, files already stored
+        under keys of their own are removed, since nobody else knows these; packs stay, since others may share them.
         """
         try:
             async for group in bundle:
@@ -135,7 +134,7 @@ class Packing:
         return len(files)
 
     async def _store_pack(self) -> None:
-        """Store what is packed, and begin anew."""
+        """Store the pack, and begin another."""
         declared = Declared(size_bytes=len(self._buffer), blake3=self._hash.digest())
         self._packs.append(await self._blobs.store(self._bytes(), declared=declared, max_bytes=PACK_BYTES))
         self._buffer.clear()
@@ -173,7 +172,7 @@ _Slice = tuple[bytes, int, int, bytes]
 
 
 async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Placed]:
-    """The files as they lie in the store, in their order, every byte verified. Holds PACK_BYTES at most.
+    """The files' locations in the store, in the order of the files, with every byte verified. Holds PACK_BYTES at most.
 
     Raises:
         UnknownContentError: a blob is not there, or its bytes are not what is said of them. One that is damaged is
@@ -182,7 +181,7 @@ async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Place
     """
     by_blob: defaultdict[bytes, dict[_Slice, NamedFile]] = defaultdict(dict)
     for file in files:
-        by_blob[file.blob].setdefault(_slice(file), file)  # what several names stand for is read once
+        by_blob[file.blob].setdefault(_slice(file), file)  # bytes that several files share are read once
     found: dict[_Slice, StoredBlob] = {}
     for blob, slices in by_blob.items():
         key = content_key(blob)
@@ -209,13 +208,13 @@ def _slice(file: NamedFile) -> _Slice:
 
 
 async def _look_at_whole(blobs: BlobStore, blob: bytes, files: Sequence[NamedFile]) -> None:
-    """Tell the store if the blob is damaged and not only named wrongly: its bytes come next, and must be stored."""
+    """Tell the store if the blob is damaged and not just named wrongly: its bytes come next, and must be stored."""
     key = content_key(blob)
     size = await blobs.size(key)
     if size is None:
         return
     if size <= PACK_BYTES:
-        with suppress(CorruptError):  # it is just going away
+        with suppress(CorruptError):  # it is being removed
             data = await joined(blobs.read(key, 0, size))
             if (await asyncio.to_thread(blake3, data)).digest() != blob:
                 blobs.mistrust(key)
@@ -336,7 +335,7 @@ class SharedPacks:
         place: asyncio.Future[StoredBlob] = asyncio.get_running_loop().create_future()
         lane.waiting.append((held, place))
         if not lane.called and lane.under_way < self._at_once:
-            lane.called = True  # after all that is ready now: bodies that came together share a pack from the first
+            lane.called = True  # after all ready tasks, so that bodies that came together share the first pack
             asyncio.get_running_loop().call_soon(self._send, lane)
         return await place
 
@@ -349,10 +348,10 @@ class SharedPacks:
             task.add_done_callback(self._storing.discard)
 
     async def _store(self, pack: _Pack, lane: _Lane) -> None:
-        """A task of its own: a sender that leaves takes nothing from the others."""
+        """A separate task, so that a sender that disconnects does not affect the others."""
         try:
             stored = await self._blobs.store_bytes(*await pack.content())
-        # It ended the whole pack, so every sender hears of it.
+        # The whole pack failed, so every sender gets the error.
         except BaseException as error:
             pack.fail(error)
             if not isinstance(error, Exception):
@@ -413,7 +412,7 @@ class _Pack:
 
     @classmethod
     def of(cls, waiting: deque[_Waiting], most_bytes: int) -> _Pack | None:
-        """Take what fits into a pack; None if nobody waits any more."""
+        """Take the bodies that fit into a pack; None if nobody waits any more."""
         pack = cls()
         while waiting and (not pack._waiting or pack._length + len(waiting[0][0].data) <= most_bytes):
             held, place = waiting.popleft()
@@ -426,7 +425,7 @@ class _Pack:
         return pack if pack._waiting else None
 
     async def content(self) -> tuple[bytes, Digests]:
-        """The bytes of the pack, with their digests. Several bodies are followed by random bytes.
+        """The bytes of the pack, with their digests. Random bytes follow several bodies.
 
         Events name the digest of the pack. Without the random bytes, somebody who knows one body could use the digest
         to guess the others.
@@ -438,7 +437,7 @@ class _Pack:
         return data, await digests_of(data)
 
     def settle(self, stored: StoredBlob) -> None:
-        """Tell everyone who still waits where their body lies."""
+        """Give everyone who still waits the location of their body."""
         for held, place in self._waiting:
             if not place.done():
                 digests, offset = held.digests, self._bodies[held.digests.blake3][1]

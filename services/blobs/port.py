@@ -1,9 +1,9 @@
 """The port to blob storage: immutable objects, written once, read by key, offset and length.
 
 Two adapters fulfil it (`s3`, `local`) and pass one contract suite, `tests/contract/test_blobs.py`. Keys are POSIX-like:
-those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest, and
-the same below `damaged/` for what `set_aside` moved there, which no event names. Beside the blobs lie small named
-objects of the product's own, below `snapshots/` and `resumable/`, which no event names and which may go.
+those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest, and the
+same below `damaged/` for blobs that `set_aside` moved, which no event names. The store also has small named objects of
+the product itself, below `snapshots/` and `resumable/`. No event names these, and they may be deleted.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class StoredBlob:
 def checked_key(key: str) -> str:
     """The key itself, if every segment is plain ASCII and none is hidden, empty, `.` or `..`.
 
-    Keys come out of events, which are trusted; this holds even if one was forged, so that no key leaves the store.
+    Keys come from events, which are trusted; the check keeps even a forged key within the store.
 
     Raises:
         CorruptError: the key breaks the rule.
@@ -85,7 +85,7 @@ def checked_key(key: str) -> str:
 
 
 def checked_object_key(key: str) -> str:
-    """The key itself, if it may be one of a named object, or the prefix of such: so no blob is replaced or deleted.
+    """The key itself, if it is a named object's or a prefix of such keys: so no blob is replaced or deleted.
 
     Raises:
         ValueError: it begins with neither `snapshots/` nor `resumable/`. CorruptError: as `checked_key`.
@@ -106,7 +106,7 @@ def checked_removable_key(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PartsKey:
-    """Which parts belong together: the upload's id, and what the store calls them, as `PartStore.begin` said."""
+    """Which parts belong together: the upload's id, and the token that `PartStore.begin` returned."""
 
     upload_id: UUID
     token: str
@@ -114,7 +114,7 @@ class PartsKey:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of an upload: its number, and what tells its bytes from others put under the same number."""
+    """One part of an upload: its number, and the tag that tells its bytes from others put under the same number."""
 
     number: int
     etag: str
@@ -149,27 +149,27 @@ class PartStore(Protocol):
 
     @property
     def memory(self) -> ByteBudget:
-        """What all uploads of this store may hold together."""
+        """The memory that all uploads of this store share."""
 
     @property
     def longest(self) -> int:
-        """Most bytes that one upload may have."""
+        """The most bytes that one upload may have."""
 
     @property
     def max_number(self) -> int:
         """The greatest number that a part may have; the smallest is 1."""
 
     def part_bytes(self, length: int) -> int:
-        """How large the parts of an upload of `length` bytes are. Raises TooLargeError."""
+        """The size of the parts of an upload of `length` bytes. Raises TooLargeError."""
 
     async def begin(self, upload_id: UUID, length: int) -> str:
-        """Make ready for parts; gives the token of their `PartsKey`. Raises UnavailableError.
+        """Prepare for parts; returns the token of their `PartsKey`. Raises UnavailableError.
 
-        Every beginning has a token, and with it parts and a blob, of its own, also of the same upload.
+        Each call has its own token, and with it its own parts and blob, even for the same upload.
         """
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
-        """Store a part durably; gives its `etag`. Raises UploadNotFoundError, as `assemble`; UnavailableError."""
+        """Store a part durably; returns its `etag`. Raises UploadNotFoundError, as `assemble`; UnavailableError."""
 
     async def takes_direct(self, where: PartsKey) -> bool:
         """Whether clients can send parts of this upload straight to the store, by `addresses`. Raises nothing."""
@@ -177,8 +177,8 @@ class PartStore(Protocol):
     def addresses(self, where: PartsKey, parts: Sequence[DirectPart]) -> list[PartAddress]:
         """Signed requests for these parts, once `takes_direct` is true. They expire after ADDRESS_SECONDS.
 
-        The store takes a request with other bytes only if these have the same length and CRC-32. So what the parts
-        become has to be read back before an event names it, which `assemble` does.
+        The store accepts other bytes only if they have the same length and CRC-32. So the assembled blob has to be read
+        back before an event names it, which `assemble` does.
         """
 
     def sent(self, part: DirectPart, etag: str) -> Part:
@@ -187,7 +187,7 @@ class PartStore(Protocol):
     async def assemble(
         self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
     ) -> StoredBlob:
-        """Make the parts one blob, in this order, and compute both digests of what can be read of it.
+        """Join the parts into one blob, in this order, and compute both digests of the bytes read back from it.
 
         `digests` are those of all bytes that were put, where the caller has them: the blob is then not read back if it
         need not be read. May be called again, also by another process, until `discard`. Else it takes as long as
@@ -200,10 +200,10 @@ class PartStore(Protocol):
         """
 
     def blob_key(self, where: PartsKey) -> str | None:
-        """The key of its own that `assemble` stores the blob at; None where it is content-addressed."""
+        """The upload's own key that `assemble` stores the blob at; None if the blob is content-addressed."""
 
     async def discard(self, where: PartsKey, *, blob: bool) -> None:
-        """Remove all parts and, where `blob` is set, what `assemble` made of them if nobody else can have it.
+        """Remove all parts and, if `blob` is set, the assembled blob unless others may share it.
 
         Raises UnavailableError.
         """
@@ -225,15 +225,15 @@ class BlobStore(Protocol):
 
     @property
     def parts(self) -> PartStore:
-        """Where the parts of uploads lie that span requests."""
+        """The store for parts of uploads that span requests."""
 
     async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
         """Stream `body` into the store, hashing on the way; return once the blob is durable.
 
         Holds at most a few parts in memory, whatever the length. The same bytes are stored once at content-addressed
-        keys. When it raises, whatever the reason, cancellation included, nothing is left behind but, where the very
-        last step was already under way, a complete blob at its content-addressed key, which a retry finds. What a
-        killed process leaves is found by `sweep`.
+        keys. When it raises for any reason, cancellation included, nothing is left behind. The one exception: if the
+        last step was in progress, a complete blob may lie at its content-addressed key, where a retry finds it. `sweep`
+        finds what a killed process leaves.
 
         Raises:
             ContentMismatchError: length or a digest differs from what was declared.
@@ -247,8 +247,8 @@ class BlobStore(Protocol):
     async def store_bytes(self, data: bytes, digests: Digests) -> StoredBlob:
         """Store bytes that are in memory at their content address; return once they are durable.
 
-        `digests` are theirs, which the caller has computed. Takes no memory of the budget. Leaves behind what `store`
-        leaves. Raises UnavailableError.
+        `digests` are theirs, which the caller has computed. Takes no memory from the budget. On failure it leaves
+        behind what `store` leaves. Raises UnavailableError.
         """
 
     def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
@@ -262,28 +262,28 @@ class BlobStore(Protocol):
         """Length of the blob in bytes, None if there is none. Raises UnavailableError, CorruptError (`checked_key`)."""
 
     async def secure(self, key: str) -> None:
-        """Make sure that a blob that can be read stays, whatever the machine meets. Raises UnavailableError.
+        """Make a readable blob durable, so that it survives any crash. Raises UnavailableError.
 
-        `store` has done so when it returns; this is for what another stored, who may have died before it came to that.
+        `store` has done so when it returns; this is for blobs of another process, which may have died before that step.
         """
 
     async def set_aside(self, key: str) -> str | None:
-        """Move a blob that is damaged away from its key, and return its new one, below `damaged/`; None: it is gone.
+        """Move a damaged blob away from its key, and return its new key, below `damaged/`; None: it is gone.
 
-        The next upload of the same bytes then stores them anew. The caller must look at what was moved: a blob that an
-        upload put in the damaged one's place meanwhile must be stored again. Raises UnavailableError.
+        The next upload of the same bytes then stores them again. The caller must check the moved bytes: an upload may
+        have put a sound blob in the damaged one's place meanwhile, and that one must be stored again. Raises
+        UnavailableError.
         """
 
     def mistrust(self, key: str) -> None:
-        """The blob of this key was found damaged: this process stores the next upload of its bytes anew.
-
-        What is good in the damaged one can be read until then.
+        """The blob of this key was found damaged: this process stores the next upload of its bytes again. Until then,
+        intact ranges of the damaged one can still be read.
         """
 
     async def fresh_uploads(self) -> frozenset[str]:
         """The keys below `uploads/` at which `store` puts a body now, or put one less than a day ago.
 
-        An event may come to name them, however old the store says that they are. Raises UnavailableError.
+        An event may still come to name them, whatever their age in the store. Raises UnavailableError.
         """
 
     async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
@@ -295,7 +295,7 @@ class BlobStore(Protocol):
         """
 
     async def put_object(self, key: str, data: bytes) -> None:
-        """Write a named object of a few MiB at most, in place of one that is there; return once it is durable.
+        """Write a named object of a few MiB at most, replacing an existing one; return once it is durable.
 
         A reader sees the old bytes or the new ones, never a mixture. Raises UnavailableError, and as
         `checked_object_key`, which holds for the other four as well.
@@ -304,8 +304,8 @@ class BlobStore(Protocol):
     async def create_object(self, key: str, data: bytes) -> bool:
         """Write a named object if there is none of its key; return whether these bytes lie there now, durably.
 
-        Of many at a time, in whatever processes, one wins. Equal bytes count as one's own: let them differ. Raises
-        UnavailableError.
+        Of simultaneous calls, in any processes, one wins. Equal bytes count as the caller's own, so make them differ.
+        Raises UnavailableError.
         """
 
     async def get_object(self, key: str) -> bytes | None:
@@ -317,8 +317,8 @@ class BlobStore(Protocol):
     async def delete_object(self, key: str) -> None:
         """Remove a named object, if it is there; or a blob below `uploads/` that was never handed on to be named.
 
-        No command may have named the blob, whatever became of it: an answer may be a late one. A key of a
-        content-addressed blob is refused, since others may share it. Raises UnavailableError.
+        No command may ever have named the blob, even one that was refused, because the refusal may be outdated. A key
+        of a content-addressed blob is refused, since others may share it. Raises UnavailableError.
         """
 
     async def migrate(self) -> None:
@@ -338,9 +338,9 @@ class BlobStore(Protocol):
         """Ask for the time (aware) by which the store dates what it holds. Raises UnavailableError."""
 
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
-        """Abort the uploads that stood still for `idle_seconds` before `now`, and return how many they were.
+        """Abort the uploads without progress for `idle_seconds` before `now`, and return their number.
 
-        `now` is the time by the store's clock: a system clock that is ahead would abort uploads that are under way.
+        `now` is the time by the store's clock: a system clock that is ahead would abort uploads in progress.
 
         Removes unfinished uploads only, never a blob; safe beside running uploads and other sweeps. Raises
         UnavailableError.

@@ -1,11 +1,12 @@
-"""Reading a file's bytes from the places where they may lie: a place that fails, or has other bytes, is passed over.
+"""Reads a file's bytes from its possible locations, skipping those that fail or have wrong bytes.
 
-Whole files are hashed while they are read. A small one is looked at before its first byte goes out, and the next place
-is tried when it is wrong. Of a larger one the last piece is kept back until all of it is known to be right: a reader
-gets the right bytes or an error before the end, and whoever asks again gets them from the next place, because a place
-that had other bytes is asked last from then on. Ranges cannot be checked.
+Whole files are hashed while they are read. A small file is checked before its first byte is sent, and the next location
+is tried if it is wrong. The last piece of a larger file is held back until the whole file has been verified: a reader
+gets the right bytes, or an error before the end. A retry gets them from the next location, because a location that had
+wrong bytes is tried last from then on. Ranges cannot be checked.
 
-What is returned may hold a file or a connection until its end or its `aclose`, which must be called where it is left.
+A returned stream may hold a file or a connection until its end or its `aclose`, which must be called if it is left
+early.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class SoundReads:
         self._wrong = Mistrusted[Place]()
 
     async def close(self) -> None:
-        """End what is read for nobody."""
+        """End reads that no caller waits for."""
         await self._hot.close()
 
     async def whole(self, places: Sequence[Place], digest: bytes, size: int) -> AsyncGenerator[bytes, None]:

@@ -1,1 +1,1 @@
-"""Uploads that span requests, on any blob store: begin with `uploads`, whose records in the store are in `states`."""
+"""Uploads that span requests, on any blob store: begin with `uploads`; `states` keeps their state in the store."""

@@ -1,6 +1,6 @@
 """Parts of uploads as named objects of their own, copied into one blob at the end: for folders, and for small uploads.
 
-The copy costs no reading of its own, since the bytes have to be read for their digests anyway.
+The copy costs no extra read, since the bytes have to be read for their digests anyway.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ObjectParts:
         return self._part_bytes
 
     async def begin(self, upload_id: UUID, length: int) -> str:
-        """See the port. Nothing has to be made ready; the parts of another beginning have other names."""
+        """See the port. Nothing has to be prepared; the parts of another call have other names."""
         return uuid4().hex
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
@@ -89,7 +89,7 @@ class ObjectParts:
         return None
 
     async def discard(self, where: PartsKey, *, blob: bool) -> None:
-        """See the port. The blob stays: it may be that of other uploads as well."""
+        """See the port. The blob stays: other uploads may share it."""
         prefix = _prefix(where)
         for key in await self._blobs.list_objects(f"{RESUMABLE}{where.upload_id}/"):
             if key.startswith(prefix):

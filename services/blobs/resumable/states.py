@@ -1,15 +1,15 @@
-"""What is known of uploads that span requests, kept in the blob store itself: any process can go on with any of them.
+"""The states of uploads that span requests, kept in the blob store itself: any process can continue any upload.
 
 The state of an upload is an object `resumable/<upload id>/state-<number>`. A state is never changed: its successor is
-created under the next number, which one process alone can do. Whoever created it looks once more whether the state
-that it follows is still there and no later one is, since a writer that stood still for long might otherwise take a
-number that was used, and removed, long ago, or go on with an upload that was removed beside one that was begun since
-under its id. Only then are older states removed, or the new one if it should not be. This needs no more of a store than
-objects that are created once, and no clock.
+created under the next number, which only one process can do. That process then checks again that the previous state is
+still there and that there is no later one. Otherwise a writer that was stalled for long might use a number that was
+used and removed long ago, or continue a removed upload beside a new one with the same id. After the check it removes
+the older states, or the new one if it is invalid. The store only has to support objects that are created once, and no
+clock is needed.
 
-Whoever may write to the bucket must not decide what an event names: a state tells digests of bytes, an actor and a
-path. With a key, states end in a tag, BLAKE3 keyed with it over the object's name and the rest. A state without that
-tag, or with a wrong one, is passed over: there is no such upload.
+Others who may write to the bucket must not decide what an event names: a state holds digests of bytes, an actor and a
+path. With a key, states end in a tag, BLAKE3 keyed with it over the object's name and the rest. A state with a missing
+or wrong tag is ignored: its upload does not exist.
 """
 
 from __future__ import annotations
@@ -135,14 +135,14 @@ class UploadStates:
     """The states in one blob store."""
 
     def __init__(self, blobs: BlobStore, key: bytes | None = None) -> None:
-        """`key`: 32 bytes that all gateways share. Without it, whatever lies in the store is believed."""
+        """`key`: 32 bytes that all gateways share. Without it, every state in the store is trusted."""
         self._blobs = blobs
         self._key = key
 
     async def load(self, upload_id: UUID) -> UploadState | None:
         """The newest state, None if there is no such upload. Raises UnavailableError, CorruptError.
 
-        A state that others wrote into the store is none.
+        A state that others wrote into the store is ignored.
         """
         for _ in range(_READS):
             numbers = _numbers(await self._blobs.list_objects(_folder(upload_id)))
@@ -159,7 +159,7 @@ class UploadStates:
     async def create(self, state: UploadState) -> None:
         """Write the first state. Raises SupersededError: there is one; UnavailableError: the outcome is unknown.
 
-        What is left of an upload that was removed, and hinders this one, is removed first.
+        Remains of a removed upload that conflict with this one are removed first.
         """
         try:
             await self._write(state, follows=None)
@@ -172,8 +172,8 @@ class UploadStates:
     async def replace(self, old: UploadState, **fields: object) -> UploadState:
         """Write the successor of a state and return it.
 
-        Raises SupersededError: somebody else did, or the upload is gone; what was to be written may be seen all the
-        same. UnavailableError: the outcome is unknown.
+        Raises SupersededError: somebody else did, or the upload is gone; others may have seen the new state
+        nevertheless. UnavailableError: the outcome is unknown.
         """
         new = old.changed(**fields)
         await self._write(new, follows=old)
@@ -195,7 +195,7 @@ class UploadStates:
         await self.remove(await self.replace(state, stored=None))
 
     async def sweep(self, *, now: datetime, idle_seconds: float) -> int:
-        """Remove uploads that nobody touched for so long; return how many. See `BlobStore.sweep`."""
+        """Remove uploads that were idle for so long; return how many. See `BlobStore.sweep`."""
         swept = 0
         for upload_id in _uploads(await self._blobs.list_objects(RESUMABLE)):
             try:
@@ -205,7 +205,7 @@ class UploadStates:
                 elif state.gone or now - state.active_at >= timedelta(seconds=idle_seconds):
                     await self.remove(state)
                     swept += 1
-            except SupersededError:  # somebody goes on with it
+            except SupersededError:  # another request continues it
                 continue
             except (CorruptError, NewerStateError) as error:
                 _log.error("upload %s: %s", upload_id, error)
@@ -243,7 +243,7 @@ class UploadStates:
         return blake3(key.encode() + b"\n" + body, key=secret).hexdigest().encode()
 
     async def _newest(self, upload_id: UUID) -> UploadState | None:
-        """As `load`, also one that is gone: its removal was cut off."""
+        """As `load`, but also a state that says that the upload is gone, whose removal was interrupted."""
         numbers = _numbers(await self._blobs.list_objects(_folder(upload_id)))
         data = await self._blobs.get_object(_key(upload_id, numbers[-1])) if numbers else None
         if numbers and data is None:
@@ -280,7 +280,7 @@ async def sweep_states(blobs: BlobStore, *, now: datetime, idle_seconds: float) 
 
 
 def tail_key(upload_id: UUID) -> str:
-    """A key for bytes behind the parts, which nobody has used."""
+    """An unused key for the bytes after the last part."""
     return f"{_folder(upload_id)}tail-{uuid4()}"
 
 

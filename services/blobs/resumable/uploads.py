@@ -1,8 +1,8 @@
-"""Uploads that span requests: begun, added to, and in the end recorded by the very command that a single request uses.
+"""Uploads that span requests: begun, added to, and finally recorded by the same command as a single request.
 
-Nothing of an upload is in this process alone but the bytes that are just arriving, so that any process on the same
-store can go on with it. Who adds bytes says so in the upload's state and renews it while bytes come; without that for
-HOLD_SECONDS, as after a crash, the next one takes over, and the first can commit nothing any more.
+Only the bytes that are just arriving are in this process alone, so any process on the same store can continue an
+upload. A request that adds bytes marks the upload's state as held, and renews this while bytes come. After HOLD_SECONDS
+without renewal, as after a crash, the next request takes over, and the first can no longer commit anything.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from services.core.wire import OLDEST, decode_acknowledgement, encode_acknowledg
 HOLD_SECONDS = 10.0
 """For so long after its last sign of life nobody takes an upload from whoever adds to it."""
 
-_SAVE_SECONDS = 30.0  # for storing what has come of a request that was cut off
+_SAVE_SECONDS = 30.0  # for storing the received bytes of an interrupted request
 _log = logging.getLogger(__name__)
 
 CheckIngest = Callable[[UUID, str, UUID | None, str | None], Awaitable[None]]
@@ -64,7 +64,7 @@ Record = Callable[[UUID, Placed, str, UUID, str | None], Awaitable[Acknowledgeme
 
 @dataclass(frozen=True, slots=True)
 class NewUpload:
-    """What is said of an upload when it is begun; `metadata` is kept as it came."""
+    """The declaration of a new upload; `metadata` is kept unchanged."""
 
     package_id: UUID
     relative_path: str
@@ -81,7 +81,7 @@ class NewUpload:
 
     @property
     def upload_id(self) -> UUID:
-        """The id that it gets, the same for each try of the command."""
+        """The upload's id, the same for each try of the command."""
         return self.drawn if self.command_id is None else uuid5(self.package_id, f"upload:{self.command_id}")
 
 
@@ -122,13 +122,14 @@ class ResumableUploads:
         """Most bytes that an upload may have."""
 
     def for_caller(self, sender: str, check: CheckIngest, record: Record, may_write: MayWrite) -> ResumableUploads:
-        """The same uploads for a caller who sees only their own, and only while they may write to the package."""
+        """The uploads as one caller sees them: only their own, and only while they may write to the package."""
         found = copy.copy(self)
         found._sender, found._check, found._record, found._may_write = sender, check, record, may_write
         return found
 
     async def create(self, new: NewUpload) -> UploadState:
-        """Begin an upload. With a command id, a repeat finds the upload that the first one began, where it stands now.
+        """Begin an upload. With a command id, a repeat finds the upload that the first one began, at its current
+        offset.
 
         Raises:
             InvalidRequestError, InvalidPathError, TooLargeError, and what the writer says of package and path.
@@ -165,7 +166,7 @@ class ResumableUploads:
         checksum: Checksum | None = None,
         whole: bool = False,
     ) -> UploadState:
-        """Add the body's bytes behind the `offset` bytes that are there; what came of a body that broke off is kept.
+        """Append the body's bytes after the first `offset` bytes; the received part of a body that broke off is kept.
 
         With `whole` or a `checksum` all of the body is taken or nothing. The last byte finishes the upload. `size` is
         the length of the body, where it is known.
@@ -213,7 +214,7 @@ class ResumableUploads:
 
         Parts follow each other from `offset` on, the `wanted` ones, each a length and a CRC-32, behind those that were
         sent. No addresses are given when the store cannot be used so now, or no bytes are missing: then the upload goes
-        on with `append`. The last part finishes the upload. What the client says of the bytes is not believed: all of
+        on with `append`. The last part finishes the upload. The client's claims about the bytes are not trusted: all of
         them are read back and hashed.
 
         Raises:
@@ -242,7 +243,7 @@ class ResumableUploads:
             raise TooLargeError("the upload was interrupted too often: begin a new one")
         parts = (*state.parts, *(self._parts.sent(part, etag) for part, etag in sent))
         try:
-            # Before an address leaves: whoever goes on with the upload uses other numbers.
+            # Before an address is handed out, so that a later request uses other numbers.
             state = await self._states.replace(
                 state,
                 parts=parts,
@@ -258,7 +259,7 @@ class ResumableUploads:
         return state, list(zip(numbered, self._parts.addresses(state.where, numbered), strict=True))
 
     async def remove(self, package_id: UUID, upload_id: UUID) -> None:
-        """Forget an upload and what came of it; a file that it became stays.
+        """Remove an upload and its bytes; the file of a finished upload stays.
 
         Raises UploadNotFoundError, UploadBusyError.
         """
@@ -288,7 +289,7 @@ class ResumableUploads:
                     continue
 
     async def is_open(self, upload_id: UUID) -> bool:
-        """Whether there is such an upload, of any caller, that is not a file yet.
+        """Whether there is such an unfinished upload, of any caller.
 
         Raises UnavailableError, CorruptError.
         """
@@ -296,11 +297,11 @@ class ResumableUploads:
         return state is not None and state.answer is None
 
     def expires_at(self, state: UploadState) -> datetime:
-        """When an upload that nobody touches any more is removed (aware)."""
+        """When the upload is removed if it stays idle (aware)."""
         return state.active_at + self._idle
 
     async def close(self) -> None:
-        """Wait until what came of requests that were cut off is stored."""
+        """Wait until the received bytes of interrupted requests are stored."""
         await self._cleanups.drain()
 
     async def _begin(self, upload_id: UUID, new: NewUpload) -> UploadState:
@@ -364,14 +365,14 @@ class ResumableUploads:
             state = await self._states.replace(state, stored=stored, active_at=self._clock(), holder=None)
         else:
             stored = state.stored
-            if await self._blobs.size(stored.key) is None:  # nobody knew that it would still be named
+            if await self._blobs.size(stored.key) is None:  # no request knew that an event would still name it
                 await self._states.remove(state)
                 raise UploadNotFoundError(f"the bytes of upload {state.upload_id} were removed: begin a new one")
         try:
             placed = Placed(state.relative_path, state.media_type, stored)
             done = await self._record(state.package_id, placed, state.actor, state.command_id, state.principal)
         except RejectedError:
-            # Only of a command that was never tried before is it certain that no event names what was stored.
+            # Only if the command was never tried before is it certain that no event names the stored bytes.
             await (self._states.remove_with_blob(state) if first else self._states.remove(state))
             raise
         answer = encode_acknowledgement(done, OLDEST).hex()  # the previous release may be the one that reads it
@@ -380,17 +381,17 @@ class ResumableUploads:
         return state
 
     async def _lost(self, state: UploadState) -> None:
-        """Remove an upload whose bytes the store does not have any more. Raises SupersededError."""
+        """Remove an upload whose bytes the store no longer has. Raises SupersededError."""
         await self._states.remove(state)
         _log.warning("upload %s was given up: the blob store has removed parts of it", state.upload_id)
 
     async def _known(self, package_id: UUID, upload_id: UUID, token: str | None = None) -> UploadState:
         """With a token that very upload: once it was removed, another may have begun under its id."""
-        # Before it is looked for: who may not write to the package is told the same whether it is there or not.
+        # Before the lookup, so that a caller who may not write to the package cannot tell whether the upload exists.
         visible = token is not None or self._may_write is None or await self._may_write(package_id)
         state = await self._alive(upload_id) if visible else None
         if state is not None and self._sender is not None and state.sender != self._sender:
-            state = None  # its event would name somebody who did not send these bytes
+            state = None  # its event would name an actor who did not send these bytes
         if state is None or state.package_id != package_id or (token is not None and state.token != token):
             raise UploadNotFoundError(
                 f"package {package_id} has no upload {upload_id}: it expired, was ended or was refused; begin a new one"
@@ -421,7 +422,7 @@ class ResumableUploads:
 
 
 def acknowledgement_of(state: UploadState) -> Acknowledgement | None:
-    """The answer to the command that named the upload's file, None before that."""
+    """The answer to the command that named the upload's file, None before."""
     return None if state.answer is None else decode_acknowledgement(bytes.fromhex(state.answer), OLDEST)
 
 
@@ -509,7 +510,7 @@ class Appending:
         self._holder = uuid4()
         self._renewed = 0.0
         self._number = self._reserved = state.next_number
-        self._done: list[Part] = []  # there, and not in the state yet
+        self._done: list[Part] = []  # stored, but not in the state yet
         self._done_bytes = 0
         self._sending: asyncio.Task[str] | None = None
         self._sending_bytes = 0
@@ -526,9 +527,9 @@ class Appending:
         return found if found is not None and found.length == self._state.length == self._state.held else None
 
     async def run(self, body: AsyncIterator[bytes]) -> UploadState:
-        """Take the body and return the upload's state behind it. Raises as `ResumableUploads.append`, SupersededError.
+        """Take the body and return the upload's state after it. Raises as `ResumableUploads.append`, SupersededError.
 
-        Also when it raises, what came is stored, unless all of it was to be taken or the body was too long.
+        Received bytes are stored even when it raises, unless the body was all or nothing, or too long.
         """
         with self._parts.memory.share() as share:
             first = min(self._state.part_bytes, self._state.length - self._state.held)
@@ -599,7 +600,7 @@ class Appending:
             await hashing
 
     async def _settle(self) -> None:
-        """Wait until the part that is on its way is there. Raises UnavailableError."""
+        """Wait until the part that is being sent is stored. Raises UnavailableError."""
         if self._sending is None:
             return
         await asyncio.wait({self._sending})  # which a cancellation leaves running
@@ -612,7 +613,7 @@ class Appending:
         self._done_bytes += self._sending_bytes
 
     async def _renew(self, *, force: bool) -> None:
-        """Say that bytes come, commit the parts that are there, and reserve more numbers."""
+        """Renew the hold, commit the stored parts, and reserve more numbers."""
         if force or asyncio.get_running_loop().time() - self._renewed >= RENEW_SECONDS:
             moved = self._moved() if self._done and not self._whole else {}
             self._state = await self._states.replace(self._state, **moved, **self._claim())
@@ -620,7 +621,7 @@ class Appending:
                 self._done, self._done_bytes = [], 0
 
     async def _save(self, *, keep: bool) -> None:
-        """Store what has come, and let go of the upload. Without `keep` it stands where it was committed last.
+        """Store the received bytes, and release the upload. Without `keep` it stays at the last committed offset.
 
         The caller may leave meanwhile, so the buffer is closed here.
         """
@@ -674,7 +675,7 @@ class Appending:
         return self._number + (self._sending is not None)
 
     def _moved(self) -> dict[str, Any]:
-        """The state's fields with the parts that are there."""
+        """The state's fields with the stored parts."""
         return {
             "parts": (*self._state.parts, *self._done),
             "held": self._state.held + self._done_bytes,

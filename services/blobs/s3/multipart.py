@@ -2,8 +2,8 @@
 
 While it runs, a small record object `multipart/<uuid>` names its key and upload id, because stores do not list
 unfinished uploads reliably. The record is written before the first part and renewed while parts arrive, so that
-`sweep` can tell an upload that stands still from one that is merely long. That of a body under a key of its own is
-left to the sweep, a day after its completion: so long it says that an event may come to name the key.
+`sweep` can tell an upload that stands still from one that is merely long. The sweep removes the record of a body under
+a key of its own a day after its completion: until then the record shows that an event may still come to name the key.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ _log = logging.getLogger(__name__)
 
 
 class PartsRefusedError(UnavailableError):
-    """The store does not have the parts that were named: they were replaced, removed, or never there."""
+    """The store does not have the named parts: they were replaced, removed, or never sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class UploadRecord:
-    """What the record object of an upload says. `active_at` is when it was last known to move, or was completed."""
+    """The content of an upload's record object. `active_at` is the time of its last known progress or its
+    completion."""
 
     key: str
     upload_id: str
@@ -101,7 +102,7 @@ class MultipartUpload:
     async def begin(self) -> None:
         """Start the upload and write its record. Raises UnavailableError."""
         self._opening = asyncio.create_task(self._open())
-        await asyncio.shield(self._opening)  # cut off in the middle it would leave an upload whose id nobody knows
+        await asyncio.shield(self._opening)  # interrupted in the middle, it would leave an upload whose id nobody knows
 
     async def send(self, intake: Intake, first: PartBuffer | None) -> None:
         """Send `first` (which the share already counts) as the first part, and all that follows in `intake`.
@@ -130,7 +131,7 @@ class MultipartUpload:
         await self._settle()
 
     async def complete(self, length: int) -> None:
-        """Make the upload an object of `length` bytes, in place of one that is there. Raises UnavailableError."""
+        """Complete the upload as an object of `length` bytes, replacing an existing one. Raises UnavailableError."""
         await complete_upload(self._requests, self._key, self._opened().upload_id, sorted(self._tags.items()), length)
         try:
             if self._key.startswith(UPLOADS):
@@ -141,7 +142,7 @@ class MultipartUpload:
             _log.warning("the record of a completed upload stays as it is until the sweep: %s", error)
 
     async def abandon(self) -> None:
-        """Stop all that is under way and remove every trace. Raises UnavailableError: something may be left."""
+        """Stop everything in progress and remove every trace. Raises UnavailableError: something may be left."""
         for task in self._sending:
             task.cancel()
         if self._opening is not None:
@@ -263,7 +264,7 @@ def part_tag(crc32: int, etag: str) -> str:
 async def complete_upload(
     requests: S3Requests, key: str, upload_id: str, parts: Iterable[tuple[int, str]], length: int
 ) -> None:
-    """Make parts (number and tag, by number) an object of `length` bytes, in place of one that is there.
+    """Join parts (number and tag, by number) into an object of `length` bytes, replacing an existing one.
 
     Returns if the object is there, whoever completed the upload. Raises UnavailableError, PartsRefusedError.
     """
@@ -309,7 +310,7 @@ def _listed(number: int, crc32: str, etag: str) -> str:
 
 
 def _whole_etag(tags: Sequence[tuple[int, str, str]]) -> str | None:
-    """The ETag that the whole has where those of its parts are their MD5, as stores have it that do not encrypt."""
+    """The ETag of the whole if the parts' ETags are their MD5, as in stores that do not encrypt."""
     try:
         digests = b"".join(bytes.fromhex(etag.strip('"')) for _, _, etag in tags)
     except ValueError:

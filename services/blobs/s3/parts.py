@@ -1,12 +1,12 @@
 """Uploads that span requests, as multipart uploads of a bucket: see `PartStore`.
 
 Parts come through a gateway, or from clients straight to the store. In both cases they become one object under a key of
-the upload's own, by a completion that only a gateway can send, and what can be read of that object is hashed.
+the upload's own, by a completion that only a gateway can send, and the object is read back and hashed.
 
 The address of a part is signed for one number of one multipart upload, for so many bytes with this CRC-32. Some stores
-take headers that were not signed all the same: with `x-amz-copy-source` the request would copy another object into the
-part, by the rights of the key that signed it, and its answer would tell an MD5 of any range of that object. So gateways
-try just that on an upload of their own before they hand out an address, and again from time to time.
+accept headers that were not signed: with `x-amz-copy-source` the request would copy another object into the part, by
+the rights of the key that signed it, and its answer would contain the MD5 of any range of that object. So gateways try
+exactly that on an upload of their own before they hand out an address, and again from time to time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DirectAccess:
         self._trouble: str | None = None
 
     async def usable(self) -> bool:
-        """Whether clients may be sent to the store. Asks it, if that was not done lately, for at most 5 s."""
+        """Whether clients may be sent to the store. Tests the store for at most 5 s, unless that was done recently."""
         clock = asyncio.get_running_loop().time
         async with self._checking:
             if clock() >= self._checked_until:
@@ -85,7 +85,7 @@ class DirectAccess:
         """The address of one part of a multipart upload to `key`."""
         headers = {"Content-Length": str(part.length), CHECKSUM_CRC32: crc32_text(part.crc32)}
         query = {"partNumber": str(part.number), "uploadId": upload_id}
-        # By the store's time: whether the address has expired is for the store to say.
+        # By the store's clock, because the store decides whether the address has expired.
         url = self._public.presign(key, query, headers, ADDRESS_SECONDS, self._requests.clock.now())
         return PartAddress(url, headers)
 
@@ -94,7 +94,7 @@ class DirectAccess:
         await self._public.close()
 
     async def _find_trouble(self) -> str | None:
-        """What keeps clients from being sent to the store, None if nothing does."""
+        """Why clients cannot be sent to the store, None if they can."""
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 return await self._probe()
@@ -128,7 +128,7 @@ class DirectAccess:
 
 
 _BEFORE_UPLOAD_ID = "/"  # between the name and the id of the multipart upload
-_SPARE = 5  # one number in so many is kept for those that interruptions waste
+_SPARE = 5  # one number in so many is set aside for those that interruptions waste
 
 
 class S3Parts:
@@ -265,7 +265,7 @@ class S3Parts:
         """Raises UploadNotFoundError where the block fails because the store has neither the upload nor its object.
 
         So it does where the store has other parts than were named: a client may have replaced one. Stores remove
-        multipart uploads by themselves, however active: MinIO 24 hours after they were begun.
+        multipart uploads by themselves, even active ones: MinIO 24 hours after they were begun.
         """
         try:
             yield

@@ -1,10 +1,10 @@
 """Single requests to an S3 store: signed, timed out, tried a few times, with errors that name the cause.
 
 The MinIO SDK signs (with a fixed region, so that signing asks the store nothing); aiohttp carries the bytes. Every body
-that is put comes with a checksum among the signed headers, or behind it where it passes through: the store refuses
-bytes that were altered on the way. The payload itself is not signed, which would be one more SHA-256 for large parts.
-A signature is a credential for some minutes: it stays inside this file, and no error text or chained exception shows
-it. `presign` alone hands one out, in an address that is meant for a client.
+that is put has a checksum among the signed headers, or after it if it passes through: the store refuses bytes that were
+altered on the way. The payload itself is not signed, which would cost another SHA-256 for large parts. A signature is a
+credential for some minutes: it stays inside this file, and no error text or chained exception shows it. Only `presign`
+hands one out, in an address for a client.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _T = TypeVar("_T")
 
 
 class StoreTroubleError(UnavailableError):
-    """Trouble that may pass by itself: another attempt makes sense."""
+    """A temporary failure: another attempt makes sense."""
 
 
 class AccessRefusedError(UnavailableError):
@@ -112,7 +112,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the store answered. `body` is read whole: only for requests whose answers are small."""
+    """The store's answer. `body` is read whole, so this is only for requests with small answers."""
 
     status: int
     headers: Mapping[str, str]
@@ -127,7 +127,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Relay:
-    """A request body of known length that passes through once, so that such a request has one attempt only.
+    """A request body of known length that passes through once, so such a request has a single attempt.
 
     Its checksum, known at its end, follows it: it is sent as chunks in the coding `aws-chunked`, with a trailer.
     """
@@ -168,7 +168,7 @@ def crc32_text(crc32: int) -> str:
 
 
 def patience(length: int, seconds: float = ANSWER_SECONDS) -> float:
-    """How many seconds a request with a body of so many bytes may take, `seconds` of them for the answer."""
+    """The seconds that a request with a body of so many bytes may take, `seconds` of them for the answer."""
     return seconds + length / SLOWEST_BYTES_PER_SECOND
 
 
@@ -218,8 +218,8 @@ class S3Requests:
     ) -> Answer:
         """Send a request until it is answered with one of the statuses in `expect`, and return that answer.
 
-        `seconds` bounds the wait for an answer; a body adds time for its transfer. Once so much time has passed, no
-        further attempt begins: a store that hangs is not waited for again and again. A body that is put comes with its
+        `seconds` bounds the wait for an answer; a body adds time for its transfer. After that time no further attempt
+        begins, so that a store that hangs does not cost the wait several times. A body that is put comes with its
         CRC-32 where the headers hold no checksum.
 
         Raises:
@@ -256,9 +256,9 @@ class S3Requests:
     async def retry(
         self, act: Callable[[], Awaitable[_T]], *, attempts: int | None = None, seconds: float = ANSWER_SECONDS
     ) -> _T:
-        """Run an idempotent act again, after a short pause, while it ends in StoreTroubleError before `seconds`.
+        """Repeat an idempotent request, after a short pause, while it raises StoreTroubleError before `seconds`.
 
-        Retrying is prepared once it is needed: it costs as much as a small request, and hardly any is sent twice.
+        Retrying is set up only when needed: it costs as much as a small request, and hardly any is sent twice.
         """
         clock = asyncio.get_running_loop().time
         began = clock()
@@ -286,7 +286,7 @@ class S3Requests:
     async def get(self, key: str, first: int, last: int) -> AsyncIterator[aiohttp.ClientResponse]:
         """Ask once for the bytes `first` to `last` (inclusive); the caller reads the content of the response.
 
-        Trouble while the caller reads is raised out of this context as well.
+        Failures while the caller reads are raised from this context as well.
 
         Raises:
             StoreTroubleError, UnavailableError: as `send`. The statuses 206, 404 and 416 are the caller's.
@@ -337,7 +337,7 @@ class S3Requests:
                 socket = transport.get_extra_info("socket")
                 if socket is not None and socket.fileno() >= 0:  # aborting what is closed fails inside asyncio
                     transport.abort()
-            await asyncio.sleep(0)  # in which the loop lets go of what was aborted
+            await asyncio.sleep(0)  # in which the loop drops what was aborted
 
     def unavailable(self, reason: str) -> UnavailableError:
         """An error that names the store and the reason."""
@@ -351,7 +351,7 @@ class S3Requests:
         )
 
     def refused(self, code: str) -> AccessRefusedError:
-        """The error for credentials, or a clock, that are not accepted."""
+        """The error for refused credentials or a wrong clock."""
         if code == "RequestTimeTooSkewed":
             return AccessRefusedError(
                 f"the blob store at {self.endpoint.host} refuses requests of this machine's time: set the clock that "
@@ -512,7 +512,8 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class _Explained:
-    """Turns what aiohttp raises, whose texts may hold the URL, into an error without it, and without a chain to it."""
+    """Turns errors of aiohttp, whose texts may contain the URL, into an error without it and without a chain to
+    them."""
 
     def __init__(self, requests: S3Requests, limit: float) -> None:
         self._requests = requests
@@ -555,7 +556,7 @@ async def _slices(body: PartBuffer) -> AsyncIterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What a store says of an object: bytes, ETag, and checksums of the whole in base64 where it keeps them."""
+    """A store's description of an object: bytes, ETag, and the checksums of the whole in base64 if it keeps them."""
 
     length: int
     etag: str
@@ -564,7 +565,7 @@ class StoredObject:
 
 
 async def find_object(requests: S3Requests, key: str, attempts: int | None = None) -> StoredObject | None:
-    """What the store says of an object, None if there is none. Raises UnavailableError."""
+    """The store's description of an object, None if there is none. Raises UnavailableError."""
     found = await requests.send("HEAD", key, frozenset({200, 404}), headers=TELL_CHECKSUM, attempts=attempts)
     if found.status == 404:
         return None

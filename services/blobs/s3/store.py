@@ -1,8 +1,8 @@
-"""The S3 adapter of the blob port: any store that speaks S3; MinIO is the one that is tested first.
+"""The S3 adapter of the blob port, for any store that speaks S3; MinIO is tested first.
 
 A body that fits into one part is hashed, checked and sent to its content-addressed key in one request. A longer one is
 sent in parts with bounded memory: to its content-addressed key if its BLAKE3 digest is declared, and to a key of its
-own under `uploads/` if not; it becomes an object only after its digests were checked.
+own under `uploads/` if not; it becomes an object only after its digests have been checked.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class S3BlobStore:
         return self._stored(key, digests)
 
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
-        """See the port. A connection that is lost is replaced, and reading goes on where it stood."""
+        """See the port. A lost connection is replaced, and reading continues at the same offset."""
         checked_key(key)
         end = offset + length
         if length == 0:
@@ -209,7 +209,7 @@ class S3BlobStore:
         return None if found is None else found.length
 
     async def secure(self, key: str) -> None:
-        """See the port. What a store shows it has promised to keep (AWS: "Amazon S3 data consistency model")."""
+        """See the port. An object that a store shows is durable (AWS: "Amazon S3 data consistency model")."""
 
     def mistrust(self, key: str) -> None:
         """See the port."""
@@ -227,8 +227,8 @@ class S3BlobStore:
             sdk.copy_object(bucket, aside, CopySource(bucket, key, match_etag=etag.strip('"')))
 
         await self._with_sdk(copy, seconds=_COPY_SECONDS)
-        # Not every store heeds a condition on a deletion: asking once more leaves an upload that heals the blob in this
-        # very moment no more than the time of one request.
+        # Not every store heeds a condition on a deletion: a second check limits the risk, for an upload that repairs
+        # the blob at this moment, to the time of one request.
         again = await self._requests.send("HEAD", key, frozenset({200, 404}))
         if again.status == 200 and again.headers["ETag"] == etag:
             await self._requests.send("DELETE", key, frozenset({200, 204, 404, 412}), headers={"If-Match": etag})
@@ -266,10 +266,10 @@ class S3BlobStore:
             headers = {"If-None-Match": "*"}
             expect = frozenset({200, 409, 412})
             answer = await self._requests.send("PUT", key, expect, headers=headers, body=data, attempts=1)
-            # One that is there may be this very one, sent before by an attempt whose answer was lost.
+            # The existing one may come from an earlier attempt of this call whose answer was lost.
             if answer.status == 200 or (found := await self.get_object(key)) == data:
                 return True
-            if found is None:  # somebody else is just writing it, or has just removed it
+            if found is None:  # another writer is just creating it, or has just removed it
                 raise StoreTroubleError(str(self._requests.unavailable("is busy with an object")))
             return False
 
@@ -402,7 +402,8 @@ class S3BlobStore:
         return self._stored(key, digests)
 
     async def _store_known(self, intake: Intake, first: PartBuffer | None, key: str) -> StoredBlob:
-        """Take a body that seems to be stored: it must prove to be what was declared, and the object to be the same."""
+        """Take a body that seems to be stored: it must match its declaration, and the object must have the same
+        bytes."""
         crc32 = 0 if first is None else first.crc32
         while piece := await intake.take(PIECE_BYTES):
             crc32 = zlib.crc32(piece, crc32)
@@ -439,7 +440,7 @@ class S3BlobStore:
                     return
                 if await put(frozenset({200, 409, 412}), **{"If-None-Match": "*"}) == 200 or await present():
                     return
-            # What is there is not known to be what belongs there, or is just going away: these bytes are verified.
+            # The existing object is not proved right, or is just being removed; these bytes are verified.
             await put(_OK)
 
         await self._requests.retry(attempt, seconds=patience(len(data)))
@@ -467,7 +468,7 @@ class S3BlobStore:
         return [(str(item.object_name), item.last_modified) for item in found]
 
     def _uploads_behind(self, last: str, sdk: Minio) -> list[tuple[str, datetime | None]]:
-        """Some keys below `uploads/`, behind `last`, and when each was stored. Blocks."""
+        """Some keys below `uploads/`, after `last`, and when each was stored. Blocks."""
         found = sdk.list_objects(self._requests.endpoint.bucket, prefix=UPLOADS, recursive=True, start_after=last)
         return [(str(item.object_name), item.last_modified) for item in islice(found, _LISTED_AT_ONCE)]
 
