@@ -1,8 +1,8 @@
-"""Logs that travel: a log as one file, that file as a log again, and one topic as the copy of another.
+"""Moving logs: exporting a log to a file, importing the file into a log, and copying one topic to another.
 
 `archive_file` is the archive's format. `export` writes an archive of a log; `load` checks one, fills an empty log with
-it, and says where positions of the old log lie in the new one. `copy` compares two logs and copies one topic to
-another. All of it works on the ports of log and blob store; `services.wiring` opens what fills a log.
+it, and translates positions of the old log to the new one. `copy` compares two logs and copies one topic to another.
+All of it works on the ports of log and blob store; `services.wiring` opens what fills a log.
 """
 
 from services.archive.archive_file import Archive, Contents

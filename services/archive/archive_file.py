@@ -134,9 +134,8 @@ class Contents:
 
 
 class ArchiveWriter:
-    """Writes an archive. Nothing has the file's name before `finish`; memory is bounded by a block. Blocks the thread.
-
-    A context manager: what is not finished is removed.
+    """Writes an archive. The file gets its name only in `finish`; memory is bounded by a block. Blocks the thread. A
+    context manager: an unfinished file is removed.
     """
 
     def __init__(self, path: Path, contents: Contents, schemas: Mapping[bytes, str]) -> None:
@@ -157,7 +156,7 @@ class ArchiveWriter:
         except BlockingIOError:
             self._file.close()
             raise ConflictError(f"another export is writing {self._draft}") from None
-        self._file.truncate(0)  # what a killed export left
+        self._file.truncate(0)  # left by a killed export
         os.fchmod(self._file.fileno(), PRIVATE_FILE)
         self._at = self._file.write(MAGIC)
         self._digest = _START

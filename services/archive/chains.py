@@ -1,7 +1,7 @@
 """Two chains of digests: of the events of each package, and of the records of each partition.
 
 The first proves that an archive has every event of its packages. The second tells whether one log begins as another
-does, in memory that does not depend on how many packages, or how many records, there are.
+does, in memory that does not depend on the number of packages or records.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _MOST_MARKS = 4_096
 
 
 class PackageChains:
-    """Follows the events of every package. What does not fit into memory lies in the notes."""
+    """Follows the events of every package. Chains that do not fit into memory lie in the notes."""
 
     def __init__(self, notes: Notes) -> None:
         self._notes = notes
         self.packages = 0
 
     def follow(self, event: Event, where: str) -> bool:
-        """Whether this is the next event of its package; False if the package had its number before.
+        """Whether this is the next event of its package; False if the package already has its sequence.
 
         Raises CorruptError, which names `where` the event lies: it does not continue the package's history.
         """
@@ -64,7 +64,7 @@ class PackageChains:
 
 
 def came_again(notes: Notes, event: Event) -> bool:
-    """Whether the package, or partition, had an event of this number before: readers pass over it. Notes the event."""
+    """Whether the package, or partition, already had an event of this sequence, which readers skip. Notes the event."""
     head, _ = notes.head(event.package_id)
     if 1 <= event.sequence <= head.sequence:
         return True
@@ -129,7 +129,7 @@ class Follower:
         return seen.count <= copy.count
 
     def finish(self) -> None:
-        """All of the original was seen. Raises CorruptError if the copy holds more."""
+        """The original has ended. Raises CorruptError if the copy holds more."""
         for partition, copy in self._copy.items():
             if (more := copy.count - self.seen[partition].count) > 0:
                 raise CorruptError(

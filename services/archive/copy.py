@@ -1,8 +1,8 @@
-"""Copies of a topic: a log into another one of as many partitions, record by record; and whether one is a copy.
+"""Copies of a topic: copies a log into another one with as many partitions, record by record; and compares the two.
 
-A copy keeps partitions, keys, values, headers, times and order, and so everything that the log says, administrative
-records included. Offsets change, because transactions take offsets too. How far a copy has come is not written down
-anywhere: it is what the target holds, which must be what the source begins with.
+A copy keeps partitions, keys, values, headers, times and order, and so all content of the log, administrative records
+included. Offsets change, because transactions take offsets too. The progress of a copy is not stored anywhere: the
+target's content shows it, which must be a beginning of the source.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TELL_EVERY = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What a copy came to: how many records the target holds, and how many of them were there before."""
+    """The result of a copy: how many records the target holds, and how many of them were there before."""
 
     log: UUID
     records: int
@@ -47,7 +47,8 @@ async def copy_log(
     """Copy the records that the source has now to the target, which `filler` fills, except those to `skip`.
 
     The target is created when it is missing. It must be empty, or hold the beginning of the same copy: then the copy
-    goes on, and each record is in the target once, however often it was ended. In the end the target is read back.
+    continues, and each record is in the target once, however often the copy was interrupted. In the end the target is
+    read back.
 
     Raises:
         ConfigurationError: both are one log, they have other numbers of partitions, or the target could lose events.
@@ -136,8 +137,8 @@ class Comparison:
 async def compare_logs(original: Log, copy: Log) -> Comparison:
     """Whether the copy is what the original begins with, in each partition: keys, values, headers, times and order.
 
-    Events that came again, as mirrors repeat them after a restart, are passed over in both, as every reader does, and
-    counted in the copy. Changes nothing.
+    Repeated events, as mirrors write them after a restart, are skipped in both, as every reader does, and counted in
+    the copy. Changes nothing.
 
     Raises CorruptError, which names the first partition that differs and where; ConfigurationError: they cannot be a
     pair; UnavailableError.

@@ -1,9 +1,9 @@
 """Exporting: every event of a log, or of some of its packages, into an archive; and the bytes that they name.
 
-The archive holds events of packages, each once. What else a log has is left out and counted: records that an operator
-has confirmed to be no events, events that came again, and administrative records, which speak of offsets of their own
-log. Views and subscribers pass over all of them. Partitions are read one after another, up to where the log ended when
-the export began; blobs are read after all events, so that each that an event names is there.
+The archive holds events of packages, each once. All other records are left out and counted: records that an operator
+has confirmed not to be events, repeated events, and administrative records, which name offsets of their own log. Views
+and subscribers skip all of them. Partitions are read one after another, up to where the log ended when the export
+began; blobs are read after all events, so that every blob that an event names is there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LET_OTHERS_RUN = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far something has come: what is done now, how much of it is done, and how much there is, if that is known."""
+    """Progress: the current step, how much of it is done, and how much there is in all, if that is known."""
 
     doing: str
     done: int
@@ -61,7 +61,7 @@ async def export_log(
     """Write an archive of the log, as it is now, to the new file `path`; of these `packages` alone, if given.
 
     With `blobs` the archive holds the bytes that the events name too. Memory is bounded; what must be remembered lies
-    in temporary files. Nothing has the name `path` before all is written: an export that was ended begins again.
+    in temporary files. The file gets the name `path` only when all is written: an interrupted export starts again.
 
     Raises:
         ConflictError: `path` exists. PackageNotFoundError: the log has no event of a package.
@@ -169,7 +169,7 @@ class _Events:
 async def _add_blobs(
     notes: Notes, blobs: BlobStore, archive: ArchiveWriter, contents: Contents, progress: Tell
 ) -> None:
-    """Add the bytes that events name: of a whole log all objects, of some packages the bytes of their files alone.
+    """Add the bytes that events name: for a whole log all objects, for some packages only the bytes of their files.
 
     Packages may share an object, and the archive of one must not hold bytes of another.
     """
@@ -218,13 +218,14 @@ class _Reads:
         self._sound = SoundReads(blobs)
 
     async def of_key(self, key: str, claims: Sequence[Claim]) -> list[_Blob]:
-        """What is claimed of the object of this key: the object as a whole, or else each file's own bytes."""
+        """The blobs that events claim in the object of this key: the object as a whole, or else each file's own
+        bytes."""
         if self._objects and (found := await self._object(key)) is not None:
             return [found]
         return [await self._file(claim) for claim in _distinct(claims)]
 
     async def _object(self, key: str) -> _Blob | None:
-        """The whole of a content-addressed object that fits into memory and is sound."""
+        """A complete content-addressed object that fits into memory and is intact."""
         digest = digest_of_key(key)
         size = await self._blobs.size(key) if digest is not None else None
         if digest is None or size is None or size > PACK_BYTES:
@@ -237,7 +238,7 @@ class _Reads:
 
     async def _file(self, claim: Claim) -> _Blob:
         length = claim.length
-        if length < 0:  # a manifest, of which the event does not say how long it is
+        if length < 0:  # a manifest, whose length the event does not state
             length = await self._blobs.size(claim.key) or 0
         chunks = self._bytes(claim, length)
         if length <= PACK_BYTES:

@@ -1,8 +1,8 @@
 """Importing: an archive is proved, and an empty log is filled with it; positions of the old log in the new one.
 
 The records of an archive have one order, by their events' times, whatever partitions they lay in. Each goes to the
-partition of its package in the new log. So what lies in each of its partitions follows from the archive alone: an
-import that was ended goes on after what is there, and a log that holds anything else is refused.
+partition of its package in the new log. So the archive alone determines the content of each partition: an interrupted
+import continues after the existing records, and a log with any other content is refused.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _LET_OTHERS_RUN = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What an import came to. `resumed` events were there already; `end` is where the new log ends."""
+    """The result of an import. `resumed` events were there already; `end` is where the new log ends."""
 
     log: UUID
     partitions: int
@@ -87,7 +87,7 @@ async def check_archive(archive: Archive, progress: Tell = lambda _: None) -> No
 
 
 class _Check:
-    """What an archive's blocks say, compared with what its footer says."""
+    """Compares the content of an archive's blocks with its footer."""
 
     def __init__(self, archive: Archive, chains: PackageChains) -> None:
         self._path = archive.path
@@ -236,7 +236,7 @@ def _merged(archive: Archive) -> Iterator[ArchivedRecord]:
 
 
 class Batches:
-    """Records on their way into a log, gathered by partition into transactions."""
+    """Records to append to a log, gathered by partition into transactions."""
 
     def __init__(self, filler: LogFiller) -> None:
         self._filler = filler
@@ -252,7 +252,7 @@ class Batches:
             await self.flush()
 
     async def flush(self) -> None:
-        """Append what waits. Partitions are independent of each other. Raises as `LogFiller.append`."""
+        """Append the waiting records. Partitions are independent of each other. Raises as `LogFiller.append`."""
         waiting, self._waiting = self._waiting, defaultdict(list)
         self._records = self._bytes = 0
         results = await asyncio.gather(
@@ -344,7 +344,7 @@ async def _offsets_after(
 ) -> dict[int, dict[int, int]]:
     """By partition, the offset after so many events. Raises CorruptError if the log does not begin with the chains.
 
-    What an archive leaves out is passed over, because copies of a topic have it.
+    Records that an archive leaves out are skipped, because copies of a topic have them.
     """
     there = {partition: PartitionChain() for partition in chains}
     found: dict[int, dict[int, int]] = {partition: {0: 0} for partition in chains}

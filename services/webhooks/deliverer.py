@@ -1,13 +1,13 @@
 """The process that delivers: it reads the log once for all subscriptions, and gives each its events.
 
 One process delivers at a time; others stand by. It holds a row with a heartbeat and saves nothing once another
-holds it, so two never move the same cursor. A process that vanished is replaced after LAPSE_SECONDS. One that the
-database answers late stays: it sends nothing new until it has beaten and saved, and goes on where it was.
+holds it, so two never move the same cursor. A process that vanished is replaced after LAPSE_SECONDS. A process with a
+slow database stays: it sends nothing new until it has renewed its heartbeat and saved, and then continues where it was.
 
 One tail reads the newest events and keeps them for a while. A subscription that is further behind reads the log itself
 until it can join the tail; a few do so at a time. A subscription without room leaves the tail and costs nothing until
-it has room again. Progress is saved once a second. If the process dies, what was delivered since is delivered again.
-A process that cannot read the log stands by, so that one that can may deliver.
+it has room again. Progress is saved once a second. If the process dies, deliveries since then are repeated. A process
+that cannot read the log stands by, so that one that can may deliver.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ GrantsOf = Callable[[Mapping[str, Any]], Grants]
 
 
 class _LostError(Exception):
-    """Another process delivers, or may by now."""
+    """Another process delivers, or may do so by now."""
 
 
 class DeliveryMetrics:
@@ -157,7 +157,7 @@ class Deliverer:
         )
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Deliver, or stand by, until `stop` is set; returns when requests under way have ended.
+        """Deliver, or stand by, until `stop` is set; returns when requests in progress have ended.
 
         Failures of log and database are logged and tried again, whatever they are.
         """
@@ -171,7 +171,7 @@ class Deliverer:
             except ArtifactStoreError as error:
                 pause = _AGAIN_SECONDS
                 logger.warning("webhooks: %s; trying again in %g s", error.detail, pause)
-            except Exception:  # a mistake in this program must not end delivery for good
+            except Exception:  # a bug in this program must not end delivery for ever
                 pause = _AGAIN_SECONDS
                 logger.exception("webhooks: a bug in this program; trying again in %g s", pause)
             await wait_for_stop(stop, pause)
@@ -284,7 +284,7 @@ class _Lead:
             await asyncio.sleep(max(0.0, began + _BEAT_SECONDS - time.monotonic()))
 
     async def _be_on_time(self) -> None:
-        """Return at once, or, if the last beat or save was too long ago, once both have come."""
+        """Return at once, or, if the last beat or save is too long ago, after both have succeeded."""
         while time.monotonic() - min(self._beaten_at, self._saved_at) > LATE_SECONDS:
             self._on_time.clear()
             await self._on_time.wait()
@@ -339,7 +339,7 @@ class _Lead:
             known = there.get(subscription_id)
             if known is None or known.epoch != outbox.subscription.epoch:
                 await self._drop(outbox)
-                if known is not None:  # a save of its last deliveries may be under way
+                if known is not None:  # a save of its last deliveries may be in progress
                     there[subscription_id] = replace(known, deliveries=max(known.deliveries, outbox.taken))
         for subscription in there.values():
             served = self._outboxes.get(subscription.subscription_id)
@@ -406,7 +406,8 @@ class _Lead:
     # Events.
 
     async def follow(self) -> None:
-        """Read the newest events for all subscriptions that have come that far. Goes on after failures of the log."""
+        """Read the newest events for all subscriptions that have reached the tail. Goes on after failures of the
+        log."""
         await self._loaded.wait()
         while True:
             try:
@@ -570,7 +571,7 @@ class _Lead:
                 logger.warning("webhooks: progress is not saved: %s; trying again", error.detail)
 
     async def save(self) -> None:
-        """Save what was done since the last time, after what could not be saved then.
+        """Save the progress since the last time, after any that could not be saved then.
 
         Raises _LostError once another process delivers. UnavailableError, and as `Views.writing`.
         """
@@ -604,7 +605,7 @@ class _Lead:
         self._unsaved = []
 
     async def close(self, seconds: float) -> None:
-        """Send nothing more; requests under way may go on for so many seconds."""
+        """Send nothing more; requests in progress may go on for so many seconds."""
         tasks = [*self._reading.values(), *self._ordered.values()]
         self._reading.clear()
         for task in tasks:
@@ -614,7 +615,7 @@ class _Lead:
 
 
 def _changed(new: Subscription, known: Subscription) -> bool:
-    """Whether somebody changed the subscription; what the deliverer itself writes does not count."""
+    """Whether somebody changed the subscription; the deliverer's own writes do not count."""
     return (
         replace(
             new,

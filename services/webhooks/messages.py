@@ -1,4 +1,4 @@
-"""What receivers get: an event as a CloudEvent in JSON, and signatures by the Standard Webhooks specification.
+"""Messages to receivers: an event as a CloudEvent in JSON, with signatures by the Standard Webhooks specification.
 
 CloudEvents 1.0, JSON format, structured mode. `data` is the event as `GET /v1/events?manifests=false` gives it. The
 signed content is `ID.TIMESTAMP.BODY`, the signature HMAC-SHA256 in base64 after `v1,`; a message that is signed with
@@ -49,7 +49,7 @@ def signed_headers(message_id: str, timestamp: int, body: bytes, signing: Iterab
 
 
 def message_id(event: RecordedEvent) -> str:
-    """What names the event's message: the event's digest, which Kafka's consumers find in `ce_id`."""
+    """The id of the event's message: the event's digest, which Kafka's consumers find in `ce_id`."""
     return event_digest(event).hex()
 
 

@@ -1,10 +1,10 @@
-"""One subscription's events on their way: in order per package, tried again, held back, parked.
+"""One subscription's events until they are delivered: in order per package, tried again, held back, parked.
 
 An event is offered once, in the order of the log. Its request is sent after those of all earlier events of its package
 were accepted; different packages do not wait for each other. An event that is not accepted *holds* its package: the
-package's later events are passed over and read again from the log once that event was accepted. So neither memory nor
-the cursor depends on how long a receiver fails. A package that fails for too long is *parked*: nothing is tried until
-its owner asks. While as many packages as `Policy.most_failing` fail, nothing new is taken: the receiver is down.
+package's later events are skipped and read again from the log once that event is accepted. So neither memory nor the
+cursor depends on how long a receiver fails. A package that fails for too long is *parked*: nothing is tried until its
+owner asks. While as many packages as `Policy.most_failing` fail, nothing new is taken: the receiver is down.
 
 The cursor is the position before the first event that is not accepted yet, held packages left out. They have rows of
 their own, saved in one transaction with it.
@@ -57,7 +57,7 @@ class Policy:
 
 
 class Message:
-    """An event on its way to all subscriptions that want it. What is sent is made once."""
+    """An event for all subscriptions that want it. Its body is made once."""
 
     __slots__ = ("_sent", "event", "offset", "origin", "partition")
 
@@ -70,7 +70,7 @@ class Message:
 
     @property
     def sent(self) -> tuple[str, bytes]:
-        """The message id, and the CloudEvent under it."""
+        """The message id, and the CloudEvent with this id."""
         if self._sent is None:
             name = message_id(self.event)
             self._sent = name, event_body(self.event, name, self.origin)
@@ -167,7 +167,7 @@ class Outbox:
         self._made: list[Delivery] = []
         self._closed = False
 
-    # What is wanted, and whether anything is sent.
+    # Which events are wanted, and whether anything is sent.
 
     def is_active(self) -> bool:
         """Whether events are sent at all."""
@@ -181,14 +181,14 @@ class Outbox:
         self.suspend(f"the owner has lost the right to {' and '.join(lacks)}" if lacks else None)
 
     def suspend(self, why: str | None) -> None:
-        """Send nothing from now on; go on with None."""
+        """Send nothing from now on; None resumes."""
         if why == self._suspended:
             return
         self._suspended, self._dirty = why, True
         self._go_on()
 
     def change(self, subscription: Subscription) -> None:
-        """Take what the owner changed: the state, URL, filters and secrets."""
+        """Apply the owner's changes of state, URL, filters and secrets."""
         resumed = subscription.resumes != self.subscription.resumes
         self.subscription = subscription
         if resumed:
@@ -301,7 +301,7 @@ class Outbox:
         except ArtifactStoreError as error:
             pause = _READ_AGAIN_SECONDS
             logger.warning("subscription %s: %s", self.subscription.subscription_id, error.detail)
-        except Exception:  # a mistake with one package must not stop the others, nor this one when it passes
+        except Exception:  # an error with one package must not stop the others, nor this one for ever
             pause = _READ_AGAIN_SECONDS
             logger.exception("subscription %s: a bug in this program", self.subscription.subscription_id)
         finally:
@@ -332,7 +332,7 @@ class Outbox:
             del self._queues[package_id]
 
     async def _send_held(self, held: _Held) -> None:
-        """Send a held package's events, from the one that failed on, until nothing of it is left behind."""
+        """Send a held package's events, from the failed one on, until the package has caught up."""
         row = held.row
         while self.is_active():
             target = self._read.get(row.partition, 0)
@@ -474,7 +474,7 @@ class Outbox:
         return True
 
     def _recover(self, held: _Held) -> None:
-        """A package that failed is accepted again: whatever else failed is tried now."""
+        """A failed package was accepted again: try all other failed ones now."""
         if not held.row.attempts:
             return
         for other in self._held.values():
@@ -515,7 +515,7 @@ class Outbox:
     # Beside the stream.
 
     async def repeat(self, message: Message) -> None:
-        """Send an event again, once, in no order with others."""
+        """Send an event again, once, without any order to others."""
         if self._permits(message):
             await self._attempt(message, 1, Kind.REPEAT)
 
@@ -527,7 +527,7 @@ class Outbox:
     # Saving and ending.
 
     def take_progress(self, *, force: bool = False) -> Progress | None:
-        """What is to be saved since the last call; None when nothing changed, unless `force` is set."""
+        """The progress to save since the last call; None when nothing changed, unless `force` is set."""
         if not (self._dirty or force):
             return None
         offsets = dict(self._read)
@@ -553,7 +553,7 @@ class Outbox:
         return found
 
     async def close(self, seconds: float = 0.0) -> None:
-        """Send nothing more. Requests under way may go on for so many seconds."""
+        """Send nothing more. Requests in progress may go on for so many seconds."""
         self._closed = True
         for held in self._held.values():
             if held.timer is not None:

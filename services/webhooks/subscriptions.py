@@ -2,8 +2,8 @@
 
 They are kept in tables of the views' database that belong to no projection, so that no replay empties them. Gateways
 change subscriptions; the one process that delivers changes cursors, held packages and deliveries. Where both change the
-same row, a subscription's `epoch` tells which of them came later: a gateway that moves a cursor counts it up, and what
-the deliverer still has of the epoch before is dropped.
+same row, a subscription's `epoch` tells which of them came later: a gateway that moves a cursor increases it, and the
+deliverer's progress of the previous epoch is dropped.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ _delivery_values = attrgetter(*webhook_deliveries.columns.keys()[1:])
 
 
 class State(StrEnum):
-    """What a subscription's owner, or its receiver, wants of it."""
+    """The state that a subscription's owner, or its receiver, has set."""
 
     ACTIVE = "active"
     PAUSED = "paused"
@@ -195,7 +195,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """One subscription: where events go, which ones, and in whose right."""
+    """One subscription: where events go, which ones, and by whose rights."""
 
     subscription_id: UUID
     owner: str
@@ -241,7 +241,7 @@ class HeldPackage:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One attempt and what came of it. `status` and `answer` are the receiver's, `error` is why there is none."""
+    """One attempt and its result. `status` and `answer` are the receiver's; `error` says why there is no answer."""
 
     kind: Kind
     event_id: UUID
@@ -261,7 +261,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Something to send beside the stream: a test, or the event at `offset` again."""
+    """Something to send outside the stream: a test, or the event at `offset` again."""
 
     order_id: UUID
     subscription_id: UUID
@@ -273,7 +273,7 @@ class Order:
 
 @dataclass(slots=True)
 class Progress:
-    """What the deliverer saves of one subscription."""
+    """The progress of one subscription that the deliverer saves."""
 
     subscription_id: UUID
     epoch: int
@@ -301,7 +301,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Whether a process delivers, as looks at its row tell: its beat changes every 2 s."""
+    """Whether a process delivers, as reads of its row show: its beat changes every 2 s."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -309,7 +309,7 @@ class Heartbeat:
         self._since = 0.0
 
     def has_lapsed(self, found: Beat) -> bool:
-        """Whether no process holds the row, or the beat has not changed in the looks of the last LAPSE_SECONDS."""
+        """Whether no process holds the row, or the beat has not changed in the reads of the last LAPSE_SECONDS."""
         if self._seen != (found.holder, found.beat):
             self._seen, self._since = (found.holder, found.beat), self._clock()
         return found.holder is None or self._clock() - self._since > LAPSE_SECONDS
@@ -334,7 +334,7 @@ def _create(connection: Connection) -> None:
 
 
 class Subscriptions:
-    """The subscriptions in one views database. What it raises beside its own errors is as `Views.reading`."""
+    """The subscriptions in one views database. Besides its own errors it raises as `Views.reading`."""
 
     def __init__(self, views: Views, clock: Clock = system_clock) -> None:
         self._views = views
@@ -416,7 +416,7 @@ class Subscriptions:
         wanted: EventFilter | None = None,
         basis: Mapping[str, Any] | None = None,
     ) -> Subscription:
-        """Change what is given. Resuming tries at once what waits for its next attempt. Raises NotFoundError."""
+        """Change the given fields. Resuming tries waiting events at once. Raises NotFoundError."""
         changes: dict[str, Any] = {}
         if state is not None:
             changes |= {"state": state, "cause": None}
@@ -455,7 +455,7 @@ class Subscriptions:
             return await _found(connection, subscription_id, owner)
 
     async def remove(self, subscription_id: UUID, owner: str | None) -> None:
-        """Delete the subscription with all that belongs to it. Raises NotFoundError."""
+        """Delete the subscription and everything that belongs to it. Raises NotFoundError."""
         async with self._views.writing() as connection:
             await _found(connection, subscription_id, owner)
             for table in (webhook_cursors, webhook_held, webhook_deliveries, webhook_orders):
@@ -465,9 +465,8 @@ class Subscriptions:
             await _announce(connection)
 
     async def rewind(self, subscription_id: UUID, owner: str | None, position: Position) -> Subscription:
-        """Deliver again everything after `position`.
-
-        Raises NotFoundError. InvalidPositionError: the subscription has not come so far.
+        """Deliver again everything after `position`. Raises NotFoundError. InvalidPositionError: the subscription has
+        not got so far.
         """
         held = webhook_held.c
         async with self._views.writing() as connection:
@@ -547,7 +546,7 @@ class Subscriptions:
             return [_delivery(row) for row in rows]
 
     async def active(self) -> int:
-        """How many subscriptions their owners want to be served."""
+        """How many subscriptions their owners have active."""
         table = webhook_subscriptions
         count = select(func.count()).select_from(table).where(table.c.state == State.ACTIVE)
         async with self._views.reading() as connection:
@@ -561,7 +560,7 @@ class Subscriptions:
     # What the deliverer does.
 
     async def beat(self) -> Beat:
-        """The deliverer's row. A user of the database may look at it, and count, who may not see subscriptions."""
+        """The deliverer's row. A database user without the right to see subscriptions may read it, and count."""
         table = webhook_deliverer.c
         async with self._views.reading() as connection:
             row = (await connection.execute(select(table.holder, table.beat, table.changes))).one()
@@ -604,7 +603,7 @@ class Subscriptions:
         """Save what the deliverer has done, in one transaction. Returns False, and saves nothing, if another delivers.
 
         Of a subscription whose epoch has passed, only the deliveries are saved; of one that was deleted, nothing. Safe
-        to repeat: what was saved before is not saved again.
+        to repeat: nothing is saved twice.
         """
         cursors = webhook_cursors.c
         try:
@@ -632,7 +631,7 @@ class Subscriptions:
                         )
                 if done := [order for one in progress for order in one.orders]:
                     await connection.execute(delete(webhook_orders).where(webhook_orders.c.id.in_(done)))
-                # Last, so that the row is held for a moment alone: beats, and gateways that announce a change, need it.
+                # Last, so that the row is only held for a moment: beats, and gateways that announce a change, need it.
                 if not await _beat(connection, me):
                     raise _DeposedError
         except _DeposedError:
@@ -651,7 +650,7 @@ async def _beat(connection: AsyncConnection, me: UUID) -> bool:
 
 
 async def _announce(connection: AsyncConnection) -> None:
-    """Have the deliverer look."""
+    """Have the deliverer look for changes."""
     table = webhook_deliverer
     await connection.execute(update(table).values(changes=table.c.changes + 1))
 

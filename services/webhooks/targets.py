@@ -1,4 +1,4 @@
-"""Where requests may go, and the client that sends them there and nowhere else.
+"""Decides where requests may go, and sends them only there.
 
 An owner names any URL, and its host may resolve to anything, at any time. So addresses are checked where they are used:
 the resolver refuses a host if one of its addresses is forbidden, and hands the addresses that it checked to the
@@ -45,16 +45,16 @@ Lookup = Callable[[str, int], Awaitable[Iterable[str]]]
 
 
 class ForbiddenTargetError(OSError):
-    """The request would go where none may go."""
+    """The target is forbidden."""
 
 
 class NotSentError(Exception):
-    """There is no answer; the text says why."""
+    """There was no answer; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a receiver said. `text` is the beginning of its body, None where it is not to be shown."""
+    """A receiver's answer. `text` is the beginning of its body, None where it must not be shown."""
 
     status: int
     text: str | None
@@ -79,7 +79,7 @@ class Targets:
         """Whether all addresses of a host were public when they were last looked up."""
 
     def check(self, url: str) -> None:
-        """Raise InvalidRequestError unless requests may go to the URL, as far as can be told without a lookup."""
+        """Raise InvalidRequestError unless requests may go to the URL, as far as is known without a lookup."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port
@@ -148,7 +148,7 @@ class Targets:
             self._note(host, public=_is_public(_effective(address)))
         async with self._sessions[scheme].post(url, data=body, headers=headers, allow_redirects=False) as response:
             received = await response.content.read(MAX_ANSWER_BYTES)
-            # What private networks answer is not the owner's to read: they might subscribe in order to read it.
+            # Owners must not see answers from private networks: they might subscribe in order to read them.
             text = received.decode("utf-8", "replace") if self._public.get(host) else None
             return Answer(response.status, text, response.headers.get("Retry-After"))
 
@@ -222,7 +222,7 @@ class _Guard(AbstractResolver):
 
 
 def _reason(error: BaseException) -> str:
-    """Why there is no answer, without what the receiver sent."""
+    """Why there is no answer, without anything that the receiver sent."""
     for cause in (error, error.__cause__, error.__context__, getattr(error, "os_error", None)):
         if isinstance(cause, ForbiddenTargetError):
             return str(cause)
@@ -250,7 +250,7 @@ def _address(text: str) -> Address | None:
 
 
 def _effective(address: Address) -> Address:
-    """The IPv4 address that an IPv6 one leads to, by whatever way; else the address itself."""
+    """The IPv4 address that an IPv6 address embeds in any form; otherwise the address itself."""
     if isinstance(address, IPv4Address):
         return address
     if address.ipv4_mapped is not None:

@@ -1,8 +1,8 @@
-"""What proves that a partition lost what it had acknowledged.
+"""Evidence that a partition lost acknowledged records.
 
 A state holds only what was read back from the log, and remembers the last record that it read: its offset and the
-digest of its value. A log that does not hold that record has lost it, and whatever else was acknowledged beside it.
-Writing to the partition stops, and what proves the loss is kept, until an operator accepts it.
+digest of its value. A log that does not hold that record has lost it, and perhaps other acknowledged records too.
+Writing to the partition stops, and the evidence is kept, until an operator accepts the loss.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Witness:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A record that was acknowledged and that the partition does not hold."""
+    """An acknowledged record that the partition does not hold."""
 
     partition: int
     witness: Witness
@@ -49,7 +49,7 @@ class Loss:
 
     @property
     def key(self) -> tuple[UUID, Anchor]:
-        """What several witnesses of the same moment have in common."""
+        """Equal for all witnesses of the same moment."""
         return self.witness.log, self.witness.anchor
 
     @property
@@ -65,8 +65,8 @@ class Loss:
     def accepted_by(self, accepted: AcceptedLoss, log: UUID) -> bool:
         """Whether an operator's acceptance, which was recorded in `log`, covers this loss as well.
 
-        It covers all that states of another log remember, and of `log` itself all up to its offset that states remember
-        from before it was recorded: it is recorded with a later time than anything that was known to be lost.
+        It covers every record that a state of another log remembers. Of `log` itself it covers records up to its offset
+        that a state remembers from before the acceptance, whose time is later than that of any known lost record.
         """
         anchor = self.witness.anchor
         if accepted.log != self.witness.log:

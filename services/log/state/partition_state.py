@@ -1,8 +1,8 @@
 """The state of one partition, as its writer holds it: every package, folded from the log up to an offset.
 
-In memory are the packages that changed since the last save and open ones that were used lately; all others lie in
-the state file. What is in memory is never trusted beyond one take-over: when a transaction's outcome is in doubt it is
-thrown away. The file never runs ahead of the log: a save holds only what was read back.
+Packages that changed since the last save, and open ones that were used recently, are in memory; all others are in the
+state file. Memory is never trusted beyond one take-over: it is discarded when a transaction's outcome is in doubt. The
+file never runs ahead of the log: a save holds only what was read back.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class PartitionState:
-    """Packages by id, and where the state stands. Used by one thread; every method may block on the file.
+    """Packages by id, and the state's position in the log. Used by one thread; every method may block on the file.
 
     All raise StateFileError, after which the state is to be closed.
     """
 
     def __init__(self, file: StateFile, *, max_entries: int = MAX_ENTRIES) -> None:
-        """Goes on from what is in the file, which it owns from now on."""
+        """Continues from the content of the file, which it owns from now on."""
         self._file = file
         self._max_entries = max_entries
         self._packages: OrderedDict[UUID, PackageState] = OrderedDict()
@@ -102,7 +102,7 @@ class PartitionState:
 
     @property
     def irregular(self) -> Irregular:
-        """What the partition held that is no next event of a package, up to `next_offset`."""
+        """The partition's records up to `next_offset` that are not the next event of a package."""
         return self._file.irregular
 
     @property
@@ -120,14 +120,14 @@ class PartitionState:
     def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
         """The package, None when the partition has no event of it.
 
-        Of one that is finalized only what this command became is sure to be known, and nothing after
-        ANSWERS_KEPT_MICROS; of an open one nothing once it takes no command any more.
+        For a finalized package only the result of this command is sure to be known, and nothing after
+        ANSWERS_KEPT_MICROS. For an open one nothing is known once it takes no more commands.
         """
         state = self._whole(package_id, command_id)
         return state.remains() if state is not None and self._is_over(state) else state
 
     def _whole(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
-        """As much of the package as is there."""
+        """As much of the package as the state has."""
         state = self._packages.get(package_id)
         if state is None:
             if package_id in self._absent:
@@ -143,7 +143,7 @@ class PartitionState:
         return state
 
     def _is_over(self, state: PackageState) -> bool:
-        """Whether no command of the package is answered any more, by the time of the partition's newest event."""
+        """Whether the package's commands are no longer answered, by the time of the partition's newest event."""
         if state.status == FINALIZED:
             return state.last_event_at <= self._kept_after()
         return state.last_event_at < self._idle_before()
@@ -167,11 +167,11 @@ class PartitionState:
         return False
 
     def beside(self) -> StateFile:
-        """The file once more, from which another thread loads a package for `adopt`."""
+        """Another connection to the file, from which another thread loads a package for `adopt`."""
         return self._file.beside()
 
     def loading(self, package_id: UUID) -> Callable[[], PackageState | None]:
-        """What reads a package that is away, in another thread."""
+        """A function that reads a package that is `away`, for another thread."""
         file = self.beside()
 
         def load() -> PackageState | None:
@@ -181,7 +181,7 @@ class PartitionState:
         return load
 
     def extent(self, package_id: UUID) -> PackageExtent | None:
-        """Where the package's events lie, as far as that is known; from any thread, while the state is open."""
+        """Where the package's events lie, as far as the state knows; from any thread, while the state is open."""
         held = self._packages.get(package_id)
         if held is not None:
             return PackageExtent(held.created_at, held.sequence)
@@ -192,7 +192,7 @@ class PartitionState:
         return None if found is None else PackageExtent(found.created_at, found.sequence)
 
     def adopt(self, package: PackageState) -> None:
-        """Hold a package in memory that was loaded `beside`, if it is what the file has by now."""
+        """Hold a package in memory that was loaded `beside`, if the file still has the same."""
         known = package.package_id in self._packages
         known_as = Summary(package.status, package.created_at, package.sequence, package.digest)
         if not known and package.status == CREATED and self._file.summary_of(package.package_id) == known_as:
@@ -201,7 +201,7 @@ class PartitionState:
     def apply(self, event: Event) -> None:
         """Fold one more event in, ahead of the log until it is confirmed.
 
-        One that its package has already is passed over, and so is all that comes of a quarantined package. Raises
+        An event that its package already has is skipped, and so is every event of a quarantined package. Raises
         CorruptError when the event contradicts the history of its package; the state is as it was.
         """
         package_id = event.package_id
@@ -214,7 +214,7 @@ class PartitionState:
             self._note_passed(event.created_at)
             return
         if before is not None and before.status == ABANDONED:
-            # A process of a release without this rule went on with it: only the whole log has its files.
+            # A release without this rule continued the package: only the whole log has its files.
             self._file.broken = True
             raise UnusableStateError(f"the state has put package {package_id} away, and an event of it followed")
         state = evolve(before, event)
@@ -224,7 +224,7 @@ class PartitionState:
         self.last_created_at = max(self.last_created_at, event.created_at)
 
     def quarantine(self, event: Event, cause: str) -> None:
-        """Pass over an event that contradicts its package's history, and over all that comes of the package."""
+        """Skip an event that contradicts its package's history, and all further events of the package."""
         self.irregular.quarantined[event.package_id] = cause
         self._note_passed(event.created_at)
 
@@ -246,7 +246,7 @@ class PartitionState:
         self._note_passed(event.created_at)
 
     def note_skipped(self) -> None:
-        """Pass over a record that is no event, which must be confirmed like one."""
+        """Skip a record that is not an event; it must be confirmed like one."""
         self.irregular.skipped += 1
         self._note_passed(0)
 
@@ -256,7 +256,7 @@ class PartitionState:
         self.last_created_at = max(self.last_created_at, created_at)
 
     def confirm(self, offset: int, value: bytes) -> None:
-        """All that was applied was read from the log, the last of it as this record."""
+        """Note that everything applied was read from the log; the last of it is this record."""
         self._ahead = False
         self.next_offset = offset + 1
         self._last_value = value
@@ -267,9 +267,8 @@ class PartitionState:
         return self._unsaved >= SAVE_EVENTS or (self._unsaved > 0 and time.monotonic() > self._saved_at + SAVE_SECONDS)
 
     def save(self) -> None:
-        """Write what changed to the file, and forget what need not be in memory. Nothing while ahead of the log.
-
-        While the disk is full, what changed stays in memory, `max_entries` files and commands at most; then it raises.
+        """Write changes to the file, and drop what need not be in memory. Does nothing while ahead of the log. While
+        the disk is full, changes stay in memory, up to `max_entries` files and commands; beyond that it raises.
         """
         if self._ahead or self._last_value is None:
             return
@@ -320,11 +319,11 @@ class PartitionState:
 
     @property
     def untidy(self) -> bool:
-        """Whether commands of large finalized packages are still to be made answers in the file."""
+        """Whether the file has commands of large finalized packages that are still to be turned into answers."""
         return self._file.untidy
 
     def tidy(self) -> None:
-        """Make some of them answers."""
+        """Turn some of them into answers."""
         try:
             self._file.tidy()
         except DiskFullError as error:
@@ -334,9 +333,10 @@ class PartitionState:
         self._tidied_at = time.monotonic()
 
     def put_away(self) -> None:
-        """Of open packages that take no command any more, keep what refuses commands; some packages at a time.
+        """Of open packages that take no more commands, keep only what is needed to refuse commands; some packages at a
+        time.
 
-        Call it while the state has all of the log: an older release may have gone on with such a package.
+        Call it while the state has all of the log: an older release may have continued such a package.
         """
         if self._ahead or self._unsaved or time.monotonic() < self._put_away_at + PUT_AWAY_SECONDS:
             return
@@ -351,8 +351,7 @@ class PartitionState:
 
     def close(self) -> bool:
         """Save what is certain and close the file; a broken one is deleted. Never raises: another state comes next.
-
-        Whether the file is as new as what was read from the log.
+        Returns whether the file has everything that was read from the log.
         """
         saved = False
         try:
@@ -365,7 +364,7 @@ class PartitionState:
         return saved
 
     def discard(self) -> None:
-        """Close the file and delete it: it does not stand on the log. Never raises, as `close`."""
+        """Close the file and delete it, because it does not agree with the log. Never raises, as `close`."""
         self._end(discard=True)
 
     def _end(self, *, discard: bool) -> None:
@@ -384,9 +383,8 @@ class PartitionState:
         return self.last_created_at - ANSWERS_KEPT_MICROS
 
     def _make_room(self, *held: UUID) -> None:
-        """Forget open packages that were not used for long, if there are too many files and commands in memory.
-
-        Not those that are `held`. A large one that is in use would take seconds to read back each time.
+        """Drop the least recently used open packages if there are too many files and commands in memory, except those
+        in `held`. A large one that is in use would take seconds to read back each time.
         """
         if self._held <= self._max_entries:
             return
@@ -402,9 +400,8 @@ class PartitionState:
             self._forget(package_id)
 
     def _hold(self, state: PackageState) -> None:
-        """Keep what was just read from the file, and is about to be used.
-
-        There may be more such than changes that a save would follow.
+        """Keep a package that was just read from the file and is about to be used. Such packages need not bring changes
+        that a save follows.
         """
         self._keep(state, state.sequence)
         self._used.add(state.package_id)
@@ -417,7 +414,7 @@ class PartitionState:
         self._absent.add(package_id)
 
     def _note_change(self, state: PackageState, *, new: bool) -> None:
-        """The next save is to write the package, which is held from now on if it is new."""
+        """Have the next save write the package, which is held from now on if it is new."""
         if new:
             self._keep(state, 0)
             self._absent.discard(state.package_id)
@@ -436,5 +433,5 @@ class PartitionState:
 
 
 def value_digest(value: bytes) -> bytes:
-    """By what a state recognises the record that it stands on."""
+    """The digest by which a state recognises its last record."""
     return blake3(value).digest()

@@ -1,12 +1,12 @@
 """Where a writer's state comes from at a take-over: its own file, a snapshot, or the log from offset zero.
 
-No state is believed before the record that it names was found in the log. A state whose record is missing proves a loss
-(see `loss`). The next best state is used all the same, so that the writer is ready when the loss is accepted.
+A state is trusted only after the record that it names was found in the log. A state whose record is missing proves a
+loss (see `loss`). The next best state is used nevertheless, so that the writer is ready when the loss is accepted.
 
 A frozen process may hold a state file for ever, so a partition has several slots for files. The first is
-`<topic>-<partition>.db`, further ones carry a number; each has a lock file beside it, which stays. A take-over looks at
-every free slot, goes on with the newest state and empties the others. A state that proves a loss stays in its slot,
-which is passed over until the loss is accepted.
+`<topic>-<partition>.db`, further ones carry a number; each has a lock file beside it, which stays. A take-over checks
+every free slot, continues with the newest state and empties the others. A state that proves a loss stays in its slot,
+which is skipped until the loss is accepted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Where the writers of a process keep their states, and where they may find one of others."""
+    """Where the writers of a process keep their states, and where they may find other states."""
 
     folder: Path
     snapshots: Snapshots | None = None
@@ -65,10 +65,9 @@ def candidates(
     states: States,
     stopping: Callable[[], bool],
 ) -> Iterator[tuple[str, PartitionState]]:
-    """States to go on from, the best first, each with where it comes from; of the snapshots only what is worth it.
-
-    The caller ends a state that it does not take by `discard`. Blocks. Raises StateFileError; PartitionNotOwnedError
-    when `stopping` came true.
+    """States to continue from, the best first, each with its source; snapshots only if fetching them is worth it. The
+    caller calls `discard` on a state that it does not use. Blocks. Raises StateFileError; PartitionNotOwnedError
+        when `stopping` came true.
     """
     at_least = 0 if file is None else file.anchor.next_offset + WORTH_OFFSETS
     try:
@@ -96,7 +95,7 @@ def _fresh(slot: Slot, origin: LogPartition) -> StateFile:
 
 
 def stored(states: States, origin: LogPartition, stopping: Callable[[], bool]) -> Stored:
-    """What the store has of the partition; nothing, and a line in the log, when it gives no answer.
+    """What the store has of the partition; nothing, with a log message, when it does not answer.
 
     Blocks. Raises PartitionNotOwnedError when `stopping` came true.
     """
@@ -112,7 +111,7 @@ def stored(states: States, origin: LogPartition, stopping: Callable[[], bool]) -
 def witnesses(
     states: States, found: Stored, origin: LogPartition, end: int, stopping: Callable[[], bool]
 ) -> Iterator[Witness]:
-    """All that remembers a record: witnesses, and snapshots beyond `end` that have none, which are fetched for it.
+    """All evidence of records: witnesses, and snapshots beyond `end` without a witness, which are fetched.
 
     Blocks. Raises PartitionNotOwnedError when `stopping` came true.
     """
@@ -129,7 +128,7 @@ def witnesses(
 def _fetched(
     snapshots: Snapshots | None, snapshot: Snapshot, origin: LogPartition, slot: Slot, stopping: Callable[[], bool]
 ) -> bool:
-    """Bring a snapshot beside the slot's file; False, and a line in the log, when it is of no use."""
+    """Fetch a snapshot beside the slot's file; False, with a log message, when it cannot be used."""
     path = _beside(slot)
     if snapshots is None:
         return False
@@ -183,7 +182,7 @@ class Slot:
         self._lock = lock
 
     def release(self) -> None:
-        """Let others have it; the file stays."""
+        """Let others use the slot; the file stays."""
         self._lock.release()
 
 
@@ -199,8 +198,8 @@ class Claim:
 def claim(folder: Path, origin: LogPartition, lost: Callable[[Witness], Loss | None]) -> Claim:
     """Take a slot for the partition. Blocks, but waits for no lock.
 
-    `lost` says what the log lost if it does not hold the record that a state stands on. Raises as
-    `require_own_folder`, StateFileError, and whatever `lost` raises.
+    `lost` returns the loss if the log does not hold a state's last record. Raises as `require_own_folder`,
+    StateFileError, and whatever `lost` raises.
     """
     require_own_folder(folder)
     with _system_errors(folder):
@@ -236,8 +235,8 @@ def claim(folder: Path, origin: LogPartition, lost: Callable[[Witness], Loss | N
 def require_own_folder(folder: Path) -> None:
     """Create the folder of the states, or check the one that is there. Blocks.
 
-    A writer believes what its files say, and SQLite what lies beside them. Raises ExposedFolderError; StateFileError:
-    the folder cannot be used.
+    A writer trusts its files, and SQLite trusts the files beside them. Raises ExposedFolderError; StateFileError: the
+    folder cannot be used.
     """
     with _system_errors(folder):
         folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
@@ -262,7 +261,7 @@ def discard(path: Path) -> None:
 
 
 def _numbers(folder: Path, origin: LogPartition) -> set[int]:
-    """Those of the slots that have ever been used."""
+    """The numbers of all slots that have ever been used."""
     form = re.compile(re.escape(f"{origin.topic}-{origin.partition}") + r"(?:\.([1-9][0-9]{0,5}))?\.db(?:\.lock)?")
     return {int(found[1] or 0) for path in folder.iterdir() if (found := form.fullmatch(path.name))}
 
@@ -289,9 +288,9 @@ def _lock_of(path: Path) -> FileLock:
 
 
 def _looked_at(slot: Slot, origin: LogPartition, lost: Callable[[Witness], Loss | None]) -> StateFile | Loss | None:
-    """The state in the slot, or the loss that it proves; None when there is none, or none that can be used."""
+    """The state in the slot, or the loss that it proves; None when there is no usable state."""
     if not slot.path.exists():
-        remove(slot.path)  # what SQLite kept beside a file that is gone
+        remove(slot.path)  # files that SQLite kept beside a deleted one
         return None
     try:
         _refuse_stranger(slot.path)
@@ -315,8 +314,8 @@ def _looked_at(slot: Slot, origin: LogPartition, lost: Callable[[Witness], Loss 
 
 
 def _refuse_stranger(path: Path) -> None:
-    """Raises UnusableStateError for a state that another user made or may change: a writer would believe it."""
-    for file in files_of(path):  # SQLite takes what lies beside it for its newest part
+    """Raises UnusableStateError for a state that another user made or may change: a writer would trust it."""
+    for file in files_of(path):  # SQLite reads files beside it as its newest part
         if file.exists() and (file.stat().st_uid != os.geteuid() or not only_we_write(file)):
             raise UnusableStateError(f"{file} belongs to another user, or others may write it")
 

@@ -1,16 +1,16 @@
 """Snapshots: copies of the partitions' state files in the blob store, for a writer that begins on an empty disk.
 
 A snapshot is a folder of named objects, `snapshots/<log>/<partition>/<position>-<format>-<token>/`: the file in parts,
-and last `index`, which makes it whole and has their digests. The newest two of a partition are kept, of those that this
-release can use. A snapshot that cannot be used is passed over: the log has everything. Parts are not compressed: most
-of them is digests, and zlib takes five times as long as all the rest to make them half as large.
+and finally `index`, which completes it and has the parts' digests. The newest two of a partition that this release can
+use are kept. An unusable snapshot is skipped: the log has everything. Parts are not compressed: they are mostly
+digests, and zlib takes five times as long as everything else to halve their size.
 
 Beside each snapshot lies a witness, `snapshots/witnesses/<topic>/<partition>/<position>-<time>-<log>-<digest>`, whose
-name says which record the state stood on. A writer on any machine finds by it that the log lost that record, also when
-the topic was made again and the log is another one. A writer whose own file proves a loss leaves a witness as well.
+name identifies the state's last record. It shows a writer on any machine that the log lost that record, even when the
+topic was created again and the log is another one. A writer whose own file proves a loss leaves a witness as well.
 
-Whoever may write to the bucket must not decide what a writer believes. With a key, indexes and witnesses carry a tag,
-BLAKE3 keyed with it. What has no such tag, or a wrong one, is passed over, as if it were not there.
+Others who may write to the bucket must not decide what a writer trusts. With a key, indexes and witnesses carry a tag,
+BLAKE3 keyed with it. An object with a missing or wrong tag is ignored.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ _T = TypeVar("_T")
 
 
 class SnapshotError(UnavailableError):
-    """The snapshot is not whole, or not what it should be, or the store cannot be reached."""
+    """The snapshot is incomplete or wrong, or the store cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Snapshot:
-    """Where a snapshot is: how far it goes in the log, and the prefix of its objects."""
+    """A snapshot in the store: where it ends in the log, and the prefix of its objects."""
 
     next_offset: int
     prefix: str
@@ -94,7 +94,7 @@ class Stored:
 
 @dataclass(slots=True)
 class _Progress:
-    """What is known of a partition's last snapshot; `not_before` is of the monotonic clock."""
+    """The progress of a partition's last snapshot; `not_before` is a time of the monotonic clock."""
 
     next_offset: int = 0
     not_before: float = 0.0
@@ -102,10 +102,10 @@ class _Progress:
 
 
 class Snapshots:
-    """Snapshots of one log. Their work is done in a thread of its own, and by the loop that the store belongs to."""
+    """Snapshots of one log. Their work runs in a separate thread, and on the store's event loop."""
 
     def __init__(self, store: SnapshotStore, loop: asyncio.AbstractEventLoop, key: bytes | None = None) -> None:
-        """`key`: 32 bytes that all writers share. Without it, whatever lies in the store is believed."""
+        """`key`: 32 bytes that all writers share. Without it, everything in the store is trusted."""
         self._store = store
         self._key = key
         self._loop = loop
@@ -126,7 +126,7 @@ class Snapshots:
             progress.running = self._later(what, self._make, origin, path, progress, next_offset, wanted)
 
     def restored(self, partition: int, next_offset: int) -> None:
-        """A writer went on from the snapshot that ends there: it need not be made again."""
+        """A writer continued from the snapshot that ends there: it need not be made again."""
         self._progress[partition] = _Progress(next_offset, time.monotonic())
 
     def look(self, origin: LogPartition, stopping: Callable[[], bool]) -> Stored:
@@ -139,7 +139,7 @@ class Snapshots:
     def witness_of(
         self, snapshot: Snapshot, origin: LogPartition, folder: Path, stopping: Callable[[], bool]
     ) -> Witness:
-        """What a snapshot without a witness stands on, as releases made them that left none: it is fetched for that.
+        """The witness of a snapshot of older releases, which wrote none: fetches the snapshot to find its last record.
 
         Blocks. Raises SnapshotError, StateFileError, PartitionNotOwnedError.
         """
@@ -175,7 +175,7 @@ class Snapshots:
                 coming = self._begin(self._store.get_object(_part_key(snapshot, 0)))
                 for number, digest in enumerate(digests, start=1):
                     data = self._result(coming, stopping)
-                    if number < len(digests):  # is fetched while this one is looked at
+                    if number < len(digests):  # is fetched while this one is checked
                         coming = self._begin(self._store.get_object(_part_key(snapshot, number)))
                     if data is None or blake3(data).hexdigest() != digest:
                         raise SnapshotError(f"part {number} is missing or damaged")
@@ -194,9 +194,8 @@ class Snapshots:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _make(self, origin: LogPartition, path: Path, progress: _Progress, stands: int, wanted: int) -> None:
-        """Unless there is one fewer than `wanted` offsets before where the file `stands`.
-
-        It was made meanwhile, or by another process. One that goes further is of a successor, or of what was lost.
+        """Unless there is one fewer than `wanted` offsets before the file's position `stands`: made meanwhile, or by
+        another process. One that goes further comes from a successor, or from records that were lost.
         """
         began = time.monotonic()
         try:
@@ -224,7 +223,7 @@ class Snapshots:
             progress.not_before = max(began + SNAPSHOT_SECONDS, ended + (ended - began) / SNAPSHOT_SHARE)
 
     def _later(self, failed: str, work: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Do some work in the snapshots' thread. What goes wrong is logged: it is tried again some day."""
+        """Do some work in the snapshots' thread. Failures are logged; a later call tries again."""
 
         def do() -> None:
             try:
@@ -262,7 +261,7 @@ class Snapshots:
         self._wait(self._store.put_object(self._witness_key(origin, witness), json.dumps(about).encode()))
 
     def _remove_witness(self, origin: LogPartition, witness: Witness) -> None:
-        """The witness last: while it is there, what is left of its snapshot needs no fetching."""
+        """The witness last: while it is there, the rest of its snapshot need not be fetched."""
         of_its_log = replace(origin, identity=witness.log)
         for key in self._wait(self._store.list_objects(_prefix(of_its_log))):
             found = _snapshot_of(key, of_its_log)
@@ -271,9 +270,8 @@ class Snapshots:
         self._wait(self._store.delete_object(self._witness_key(origin, witness)))
 
     def _prune(self, origin: LogPartition, next_offset: int) -> None:
-        """Remove what is older than the newest KEPT that end there or before. A part of one may still be on its way.
-
-        Those of a newer format are for who knows it.
+        """Remove what is older than the newest KEPT that end there or before. A part of one may still be arriving.
+        Snapshots of a newer format are left to the releases that know it.
         """
         whole = sorted(found for found in self._whole(origin) if found.next_offset <= next_offset)
         if len(whole) < KEPT:
@@ -314,7 +312,7 @@ class Snapshots:
         return f"{_witnesses(origin)}{name}" + (f"-{_tag(self._key, [*_place(origin), name])}" if self._key else "")
 
     def _witness_of(self, origin: LogPartition, key: str) -> Witness | None:
-        """The witness whose object this is; None for what others left there."""
+        """The witness whose object this is; None for a foreign object."""
         found = _WITNESS.fullmatch(key.rpartition("/")[2])
         if found is None:
             return None
@@ -324,7 +322,7 @@ class Snapshots:
         return Witness(SNAPSHOT, UUID(found[4]), anchor, key)
 
     def _wait(self, act: Coroutine[Any, Any, _T]) -> _T:
-        """Let the loop do it, for the snapshots' thread. Raises SnapshotError, PartitionNotOwnedError at the end."""
+        """Run it on the loop, for the snapshots' thread. Raises SnapshotError, PartitionNotOwnedError at the end."""
         return self._result(self._begin(act), self._closed.is_set)
 
     def _begin(self, act: Coroutine[Any, Any, _T]) -> Future[_T]:
@@ -349,7 +347,7 @@ class Snapshots:
             raise SnapshotError("the process ends") from None
         except ArtifactStoreError as error:
             raise SnapshotError(error.detail) from error
-        # Whatever the blob store's own failure is, the log has everything.
+        # Whatever failed in the blob store, the log has everything.
         except Exception as error:
             raise SnapshotError(f"the blob store failed ({type(error).__name__})") from error
 
@@ -359,9 +357,8 @@ def _identity(origin: LogPartition) -> dict[str, object]:
 
 
 def read_index(data: bytes, expected: Mapping[str, object], key: bytes | None) -> dict[str, Any]:
-    """A snapshot's index, whose tag is of this `key` and which says what is `expected`. Raises SnapshotError.
-
-    Whoever may write to the bucket may have written it.
+    """A snapshot's index, with a tag of this `key` and the `expected` content. Raises SnapshotError. Anyone who may
+    write to the bucket may have written it.
     """
     try:
         index = json.loads(data)
@@ -393,7 +390,7 @@ def _part_key(snapshot: Snapshot, number: int) -> str:
 
 
 def _snapshot_of(key: str, origin: LogPartition) -> Snapshot | None:
-    """The snapshot that the object belongs to; None for what others left there."""
+    """The snapshot that the object belongs to; None for a foreign object."""
     folder, _, _ = key.removeprefix(_prefix(origin)).partition("/")
     found = _FOLDER.fullmatch(folder)
     if found is None:

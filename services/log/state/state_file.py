@@ -1,4 +1,4 @@
-"""The state of one partition in a SQLite file: open packages as a whole, and what finalized packages still need.
+"""The state of one partition in a SQLite file: complete open packages, and what finalized packages still need.
 
 The file is disposable: everything in it comes from the log, and it names the last record that was folded into it. It
 is in WAL mode with `synchronous=NORMAL`: after a crash or a power cut it is as it was at some earlier moment, never a
@@ -105,7 +105,7 @@ _TABLES = (
     # One row: the state's log and partition, its anchor, and the id of the next row of answers.
     "CREATE TABLE about (body BLOB NOT NULL)",
     "CREATE TABLE packages (package_id BLOB PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
-    # Several commands and what became of them; `sequence` is that of their last event.
+    # Several commands and their results; `sequence` is that of their last event.
     """CREATE TABLE commands (package_id BLOB, sequence INTEGER, body BLOB NOT NULL,
         PRIMARY KEY (package_id, sequence)) WITHOUT ROWID""",
     # Each row holds several commands of one package: so there are few rows, and a retry is still found quickly.
@@ -335,7 +335,7 @@ class StateFile:
             return self._finalized_package(package_id, values, command_id, kept_after)
 
     def summary_of(self, package_id: UUID) -> Summary | None:
-        """What can be told of the package at little cost; None if there is none."""
+        """What is cheap to read about the package; None if there is none."""
         with self._using(reading=True):
             found = self._row(package_id)
             if found is None:
