@@ -218,8 +218,7 @@ class _Reads:
         self._sound = SoundReads(blobs)
 
     async def of_key(self, key: str, claims: Sequence[Claim]) -> list[_Blob]:
-        """The blobs that events claim in the object of this key: the object as a whole, or else each file's own
-        bytes."""
+        """The blobs that events claim in the object of this key: the whole object, or else each file's own bytes."""
         if self._objects and (found := await self._object(key)) is not None:
             return [found]
         return [await self._file(claim) for claim in _distinct(claims)]

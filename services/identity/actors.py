@@ -1,4 +1,4 @@
-"""What events name principals by."""
+"""The names of principals in events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
 
 
 def actor_of(alias: str, subject: str) -> str:
-    """What events name a principal by: `alias:subject`, the same for every token that the subject ever has.
+    """The name of a principal in events: `alias:subject`, the same for every token that the subject ever has.
 
     Some subjects are replaced by their digest, as `alias:~` and 64 hex digits: those that are too long or hold control
     characters, and e-mail addresses, which must not get into a log that forgets nothing.
@@ -41,5 +41,5 @@ def local_actor() -> str:
 
 
 def actor_here(settings: Settings, named: str | None) -> str:
-    """The actor of a command: whom it names, or else this user; a gateway finds out itself who that is."""
+    """The actor of a command: the one that it names, or else this user; a gateway determines the sender itself."""
     return named or (local_actor() if settings.url is None else ANYONE)

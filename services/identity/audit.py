@@ -1,8 +1,8 @@
-"""The audit stream: who asked for what, from where, and whether they got it, one JSON object a line.
+"""The audit stream: who requested what, from where, and whether it was allowed, one JSON object a line.
 
 It never slows the product and never stops it. Records wait in a bounded queue for a thread that appends them to the
-file; when the queue is full or the file cannot be written they are lost, and counted. The log has what changed; this
-has who looked, who was refused and who administered.
+file; when the queue is full or the file cannot be written they are lost, and counted. The log records changes; this
+records who read, who was refused and who administered.
 
     {"time": "2026-01-31T12:00:00.000001Z", "principal": "ci:job-7", "action": "GET /v1/packages/{package_id}",
      "allowed": true, "client": "10.1.2.3", "status": 200, "target": "/v1/packages/…"}
@@ -74,7 +74,7 @@ class Audit:
             self._thread.start()
 
     def record(self, *, principal: str | None, action: str, allowed: bool, client: str, **about: Value) -> None:
-        """Record that `principal` asked for `action`; None is somebody unknown. Never waits, never raises.
+        """Record that `principal` requested `action`; None is somebody unknown. Never waits, never raises.
 
         `client` is the address that they asked from. `about` says more; what is None is left out.
         """
@@ -97,7 +97,7 @@ class Audit:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Write what waits. Takes some seconds at most; what the disk has not taken by then is lost."""
+        """Write the waiting records. Takes some seconds at most; records that are not written by then are lost."""
         if self._thread is not None and not await asyncio.to_thread(self._end, self._thread):
             _log.error("%d audit records were not written in time", self._waiting.qsize())
 

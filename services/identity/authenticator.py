@@ -2,7 +2,7 @@
 
 A verified token is remembered until it expires, or until the policy or its issuer's keys change. Changes of the policy
 file and of the file of static tokens are noticed within a second of the next request. A file that became invalid
-changes nothing; that is logged and shows in a metric.
+changes nothing; this is logged and shown by a metric.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Remembered:
 
 
 class Authenticator:
-    """Tells who asks. Belongs to one event loop."""
+    """Identifies senders. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Authenticator:
         """With neither `policy` nor `tokens`, everyone is `anyone`.
 
         `clock` gives seconds since 1970, `ticks` seconds that never step. Blocks while it reads the files. Raises
-        ConfigurationError: a file is invalid, or there is nothing to go by.
+        ConfigurationError: a file is invalid, or nothing identifies senders.
         """
         if policy is None and tokens is None and anyone is None:
             raise ConfigurationError(
@@ -132,12 +132,12 @@ class Authenticator:
     async def authenticate(self, authorization: str | None) -> Principal:
         """Who sends a request with this `Authorization` header; None when it has none.
 
-        Returns at once for tokens that are known; may wait some seconds for an issuer's keys. The principal holds as
-        of now: ask again for what takes long.
+        Returns at once for tokens that are known; may wait some seconds for an issuer's keys. The principal is valid
+        now: ask again during long operations.
 
         Raises:
             UnauthenticatedError: there is no token, or it is not accepted. Its text never holds the token.
-            UnavailableError: the issuer's keys cannot be had, so nobody can tell; try again.
+            UnavailableError: the issuer's keys are unavailable, so the token cannot be checked; try again.
         """
         if self._anyone is not None:
             return self._anyone
@@ -152,7 +152,7 @@ class Authenticator:
         return self._static(match[1]) if is_static(match[1]) else await self._verified(match[1])
 
     def grants_of(self, basis: Mapping[str, Any]) -> Grants:
-        """The rights that follow from a principal's `basis` now, long after their request; none once they are gone.
+        """The rights that a principal's `basis` gives now, long after their request; none once they are gone.
 
         A static token counts until it is revoked or expires. Claims of an issuer's token count beyond the token's end:
         the policy says what they give. Whoever asked a gateway without policy and tokens has rights only where there is
@@ -253,7 +253,7 @@ class Authenticator:
         self._outcomes.labels(alias or "none", outcome).inc()
 
     def _look(self) -> None:
-        """Read again what changed."""
+        """Read changed files again."""
         self._looked_at = self._ticks()
         for file, take in ((self._policy_file, self._take_policy), (self._tokens_file, self._take_tokens)):
             if file is None or not (file.failure or file.changed()):
@@ -280,7 +280,7 @@ class Authenticator:
         self._stale.labels(file.name).set(0)
 
     def _open_issuer(self, table: IssuerTable, file: _Watched) -> Issuer:
-        """The issuer as it is open, with its keys, unless the policy now says something else of it."""
+        """The open issuer, with its keys, unless the policy has changed its entry."""
         for path in (table.ca, table.jwks):
             if path is not None:
                 file.note(path)
@@ -308,7 +308,7 @@ def _is_loopback(listen: str) -> bool:
 
 
 class _Watched:
-    """A file, with those that it names, of which is known in what state they were read."""
+    """A file, and the files that it names, with their states when they were read."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
@@ -324,12 +324,12 @@ class _Watched:
         self._states[path or self.path] = _state_of(path or self.path)
 
     def changed(self) -> bool:
-        """Whether any of them is in another state than when it was read."""
+        """Whether any of them has changed since it was read."""
         return any(_state_of(path) != state for path, state in self._states.items())
 
 
 def _state_of(path: Path) -> object:
-    """What tells one content of a file from another without reading it. A link is followed."""
+    """A state that differs when a file's content does, found without reading it. A link is followed."""
     try:
         found = path.stat()
     except OSError as error:

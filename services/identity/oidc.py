@@ -1,10 +1,10 @@
 """Tokens of an OIDC issuer: its keys are found by discovery or in a file, and a token is checked against them.
 
-Cryptography and the form of tokens are joserfc's business. The policy decides which algorithms are accepted, never the
-token. Of a token only its issuer is read before the signature was verified, to know whose keys to verify it with.
+joserfc handles cryptography and the format of tokens. The policy decides which algorithms are accepted, never the
+token. Before the signature is verified, only a token's issuer is read, to choose the keys.
 
 The keys are fetched when the first token needs them, again every few minutes, and when a token names a key that is not
-known, but then at most once in RETRY_SECONDS. While the issuer is away, the keys that are known go on to count for
+known, but then at most once in RETRY_SECONDS. While the issuer is unavailable, the known keys stay valid for
 STALE_SECONDS.
 """
 
@@ -79,7 +79,7 @@ class _Signatures(jws.JWSRegistry):
 
 
 class _StrictJson(json.JSONDecoder):
-    """A name that comes twice, or a number that is none, makes a token invalid instead of ambiguous."""
+    """A duplicate name or an invalid number makes a token invalid instead of ambiguous."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, object_pairs_hook=_without_repeats, parse_constant=_refuse)
@@ -205,7 +205,7 @@ class Issuer:
         """The claims of a token of this issuer, once everything about it has been checked.
 
         May wait some seconds for the issuer's keys. Raises UnauthenticatedError; UnavailableError: the issuer's keys
-        are needed and cannot be had.
+        are needed but unavailable.
         """
         header, _ = unverified(token)
         algorithm, key_id = header.get("alg"), header.get("kid")
@@ -259,7 +259,7 @@ class Issuer:
         return key
 
     async def current_keys(self) -> Keys:
-        """The keys that count now. Fetches them when there are none; renews them in the background when they are old.
+        """The valid keys. Fetches them when there are none; renews them in the background when they are old.
 
         Raises UnavailableError.
         """
@@ -303,14 +303,14 @@ class Issuer:
         return error
 
     def _begin_to_fetch(self) -> asyncio.Task[None]:
-        """One fetch for all who wait for it."""
+        """One fetch for all waiting callers."""
         if self._fetching is None or not self.fetching:
             self._tried_at = self._ticks()
             self._fetching = asyncio.create_task(self._renew())
         return self._fetching
 
     async def _fetch(self) -> None:
-        await asyncio.shield(self._begin_to_fetch())  # one who gives up does not end it for the others
+        await asyncio.shield(self._begin_to_fetch())  # a caller that gives up does not end it for the others
 
     async def _renew(self) -> None:
         try:

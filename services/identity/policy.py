@@ -222,7 +222,7 @@ class Policy(_Table):
         return tuple(value) if isinstance(value, list) else value
 
     def grants_of_token(self, alias: str, claims: Claims) -> tuple[Grant, ...]:
-        """What a token of this issuer gives by its claims, which must have been verified."""
+        """The rights of a token of this issuer with these claims, which must have been verified."""
         return tuple(rule.grant for rule in self.rule if rule.issuer == alias and rule.mismatch(claims) is None)
 
     def claims_of(self, alias: str) -> frozenset[str]:
@@ -230,7 +230,7 @@ class Policy(_Table):
         return frozenset(name for rule in self.rule if rule.issuer == alias for name in rule.claims)
 
     def grants_of_name(self, name: str) -> tuple[Grant, ...]:
-        """What the policy adds to the static tokens of this name."""
+        """The rights that the policy adds to the static tokens of this name."""
         return tuple(principal.grant for principal in self.principal if principal.name == name)
 
 

@@ -1,7 +1,7 @@
 """Static tokens: made by `artifact-store tokens create`, kept as hashes in a file, and looked up by their hash.
 
 A token is 256 random bits. SHA-256 without salt or stretching is right for it: nobody can search 2^256 values, however
-fast the hash is, and no two tokens are alike. (Passwords, which people choose, would need a slow hash.) Who reads the
+fast the hash is, and no two tokens are alike. (Passwords, which people choose, would need a slow hash.) A reader of the
 file learns who has which rights, but no token.
 """
 
@@ -65,7 +65,7 @@ class StaticToken(BaseModel):
 
     @property
     def grants(self) -> tuple[Grant, ...]:
-        """What the token gives by itself."""
+        """The token's own rights."""
         return (Grant(frozenset(self.can), Packages(self.producers, self.subjects)),) if self.can else ()
 
 

@@ -406,8 +406,7 @@ class _Lead:
     # Events.
 
     async def follow(self) -> None:
-        """Read the newest events for all subscriptions that have reached the tail. Goes on after failures of the
-        log."""
+        """Read the newest events for all subscriptions in the tail. Goes on after failures of the log."""
         await self._loaded.wait()
         while True:
             try:

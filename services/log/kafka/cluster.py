@@ -1,4 +1,4 @@
-"""Questions to the Kafka cluster about the topic, its offsets and consumer groups. All of them block."""
+"""Requests to the Kafka cluster about the topic, its offsets and consumer groups. All of them block."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Member:
 
 
 class Shared(Generic[_Answer]):
-    """A question whose answer is shared by those who wait for it at the same time. For any thread."""
+    """A request whose answer is shared by all callers that wait at the same time. For any thread."""
 
     def __init__(self, ask: Callable[[], _Answer]) -> None:
         self._ask = ask
@@ -138,7 +138,7 @@ class Shared(Generic[_Answer]):
         """When the question was last asked, on the monotonic clock (s), and the answer."""
 
     def answer(self) -> _Answer:
-        """The answer to a question that was asked after this call began. Blocks. Raises what asking raises."""
+        """The answer to a request that was sent after this call began. Blocks. Raises as the request does."""
         came = time.monotonic()
         with self._asking:
             if self._last is None or self._last[0] < came:
@@ -148,7 +148,7 @@ class Shared(Generic[_Answer]):
 
 
 class Cluster:
-    """Asks the cluster, from any thread. Every question blocks for ANSWER_SECONDS at most.
+    """Asks the cluster, from any thread. Every request blocks for ANSWER_SECONDS at most.
 
     All raise UnavailableError, and ConfigurationError when the topic or the right to see it is missing.
     """
@@ -190,7 +190,7 @@ class Cluster:
         return {name: entry.value for name, entry in found[resource].items()}
 
     def framing(self) -> ConfluentFraming | None:
-        """What exchanges the heads of the topic's values; None for single-object encoding. Asked once, then known.
+        """The framing of the topic's values; None for single-object encoding. Asked once, then cached.
 
         Raises ConfigurationError also when the registry that the topic was made with is not in the settings.
         """
@@ -409,7 +409,7 @@ class Cluster:
     def _answers(
         self, question: Callable[[AdminClient], dict[Any, Future[Any]]], *, or_nothing: bool = False
     ) -> dict[Any, Any]:
-        """Ask, and ask again while leaders or coordinators move, for ANSWER_SECONDS at most.
+        """Ask, and repeat while leaders or coordinators move, for ANSWER_SECONDS at most.
 
         With `or_nothing`, "there is no such offset" counts as an answer.
 

@@ -46,9 +46,9 @@ _Client = TypeVar("_Client")
 
 
 class ClientLines(logging.Filter):
-    """Makes lines of the client library readable. Each passes once in a while, whichever client says it.
-
-    That a broker is away is a warning: the others take its place, and what stands still without it says so itself.
+    """Makes lines of the client library readable. Each line passes once in a while, whichever client writes it. An
+    unavailable broker is only a warning: the others take its place, and a component that stops without it reports that
+    itself.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -100,7 +100,7 @@ def _make(kind: Callable[..., _Client], config: dict[str, Any]) -> _Client:
     except KafkaException as error:
         found = kafka_error(error)
         if found is not None and found.code() != KafkaError._INVALID_ARG:
-            # No thread, no descriptor: that passes, or another process takes over.
+            # No free thread or descriptor: temporary, or another process takes over.
             raise UnavailableError(f"a Kafka client cannot be made now: {found.name()}") from None
         # The client's own text may show the value; the name is enough.
         text = found.str() if found else ""
@@ -162,7 +162,7 @@ def release_of(client_id: str) -> str | None:
 
 
 def interface_of(client_id: str) -> int:
-    """The number in what a client id ends with; 1 for releases whose client ids end with none."""
+    """The number in the suffix of a client id; 1 for releases without a suffix."""
     _, mark, text = client_id.rpartition("/v")
     number = parse_number(text) if mark else None
     return 1 if number is None else number
@@ -181,7 +181,8 @@ _KERBEROS_NAME = re.compile(r"[A-Za-z0-9._/@:-]*")
 """Values that librdkafka puts into the shell command that renews a Kerberos ticket."""
 
 _ALLOWED = re.compile(
-    # Security, all of it but what is refused above. `sasl.oauthbearer.*` has many names, none of which loads code.
+    # Security, except for the options that are refused above. `sasl.oauthbearer.*` has many names, none of which loads
+    # code.
     r"security\.protocol|enable\.ssl\.certificate\.verification|enable\.sasl\.oauthbearer\.unsecure\.jwt"
     r"|sasl\.(mechanisms?|username|password)|sasl\.oauthbearer\.[a-z.]+"
     r"|sasl\.kerberos\.(service\.name|principal|keytab|min\.time\.before\.relogin)"
@@ -192,7 +193,7 @@ _ALLOWED = re.compile(
     r"|socket\.[a-z.]+|broker\.address\.(ttl|family)|client\.(dns\.lookup|rack)|connections\.max\.idle\.ms"
     r"|(reconnect|retry)\.backoff\.(max\.)?ms|(topic\.)?metadata\.(max\.age|refresh|recovery|propagation)[a-z.]*"
     r"|max\.in\.flight(\.requests\.per\.connection)?|receive\.message\.max\.bytes|enable\.metrics\.push|check\.crcs"
-    # How long things may take, and how much is held, sent and read at once.
+    # Time-outs, and how much is held, sent and read at once.
     r"|(session|request|delivery|message|transaction)\.timeout\.ms|heartbeat\.interval\.ms|max\.poll\.interval\.ms"
     r"|queued?\.[a-z.]+|fetch\.[a-z.]+|max\.partition\.fetch\.bytes|batch\.(size|num\.messages)|linger\.ms"
     r"|compression\.(type|codec|level)|(message\.send\.max\.)?retries"
@@ -207,7 +208,7 @@ _ENTRY = re.compile(r"[A-Za-z0-9.\-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}")
 
 @dataclass(frozen=True, slots=True)
 class KafkaSettings:
-    """Where the topic is and how it must be; `options` may hold secrets and are never shown."""
+    """Where the topic is and which properties it must have; `options` may hold secrets and are never shown."""
 
     bootstrap: str
     prefix: str
@@ -256,7 +257,7 @@ class KafkaSettings:
 
     @property
     def aside_group(self) -> str:
-        """The consumer group of gateways that leave partitions to others for a while, so that operators find them."""
+        """The consumer group of gateways that leave partitions to others for a while; operators find them in it."""
         return f"{self.writers_group}.aside"
 
     def projector_group(self, projection: str) -> str:
@@ -264,22 +265,21 @@ class KafkaSettings:
         return f"{self.prefix}.projector.{projection}"
 
     def admin(self) -> dict[str, Any]:
-        """For questions about topic, offsets and groups."""
+        """For requests about topic, offsets and groups."""
         return self._client("artifact-store")
 
     def reader(self, own: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """A consumer that is given its partitions and sees committed events alone; it never resets by itself.
-
-        `own` is what this reader does otherwise than others, unless options say it.
+        """A consumer with assigned partitions that sees only committed events; it never resets its offsets by itself.
+        `own` are settings in which this reader differs from others, unless options set them.
         """
         return {
             "fetch.wait.max.ms": 500,
-            # A broker that keeps still is given up after so long, and its partitions' new leaders are looked for: by
-            # default a minute. It has lost its session with the cluster after 9 s.
+            # A silent broker is given up after this time (by default a minute), and the new leaders of its partitions
+            # are looked up. It has lost its session with the cluster after 9 s.
             "socket.timeout.ms": 10_000,
             **bounded(16 << 20, 256 << 10),
             "queued.min.messages": 20_000,
-            # A full queue is looked at again after so long, by default 1 s.
+            # A full queue is checked again after this time, by default 1 s.
             "fetch.queue.backoff.ms": 20,
             "check.crcs": True,
             **(own or {}),
@@ -295,11 +295,11 @@ class KafkaSettings:
     def member(self, group: str, client_id: str, own: Mapping[str, int]) -> dict[str, Any]:
         """A consumer in a group that hands partitions over one by one; `client_id` is seen by the whole group.
 
-        `own` is what members of this group do otherwise than readers, unless options say it.
+        `own` are settings in which this group's members differ from readers, unless options set them.
         """
         return {
             "session.timeout.ms": SESSION_TIMEOUT_MS,
-            # A member learns of a rebalance by its heartbeat: this bounds how long a hand-over takes.
+            # A member learns of a rebalance from its heartbeat: this limits the time of a hand-over.
             "heartbeat.interval.ms": 500,
             **self.reader(own),
             "client.id": client_id,
@@ -330,7 +330,7 @@ class KafkaSettings:
 
     def _client(self, client_id: str) -> dict[str, Any]:
         return {
-            # Errors alone: that a coordinator is busy for a moment is no news.
+            # Only errors: a coordinator that is busy for a moment is not worth a line.
             "log_level": 3,
             "socket.keepalive.enable": True,
             "reconnect.backoff.max.ms": 1_000,
@@ -443,7 +443,7 @@ _CAUSES = {
 
 
 def cause_of(error: KafkaError) -> str:
-    """What the client's error says, for operators."""
+    """The cause in the client's error, for operators."""
     code: int = error.code()
     if (known := _CAUSES.get(code)) is not None:
         return known
@@ -452,11 +452,11 @@ def cause_of(error: KafkaError) -> str:
 
 
 class OutsideError(CorruptError):
-    """The broker that answered does not hold the offset that was to be read, or holds another log up to it."""
+    """The broker that answered does not hold the requested offset, or holds another log up to it."""
 
 
 def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
-    """The error of our tree for a client's error; `doing` says what was tried, as in `reading the log`."""
+    """The error of our tree for a client's error; `doing` names the operation, as in `reading the log`."""
     code = error.code()
     if code in _FORBIDDEN:
         return ConfigurationError(
@@ -487,14 +487,14 @@ def kafka_error(error: BaseException) -> KafkaError | None:
 
 
 def refusal(error: BaseException, doing: str) -> ArtifactStoreError | None:
-    """The error of our tree if the exception says that a right is missing or a clock is wrong; None for all others."""
+    """The error of our tree if the exception reports a missing right or a wrong clock; None for all others."""
     found = kafka_error(error)
     mendable = found is not None and found.code() in {*_FORBIDDEN, KafkaError.INVALID_TIMESTAMP}
     return explained(found, doing) if found is not None and mendable else None
 
 
 def spoiled_by_record(error: BaseException) -> bool:
-    """Whether a transaction failed for what is in its records, so that trying them again cannot help."""
+    """Whether a transaction failed because of its records, so that trying them again cannot help."""
     found = kafka_error(error)
     return found is not None and found.code() in _BAD_RECORD
 

@@ -125,7 +125,7 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True)
 class _Ahead:
-    """What was found in the partition between the end of the state and `end`."""
+    """The records in the partition between the end of the state and `end`."""
 
     end: int
     skips: dict[bytes, tuple[int, Event]] = field(default_factory=dict)
@@ -368,7 +368,7 @@ class PartitionLease(Lease):
         )
 
     def _acceptance(self, request: Confirmation, ahead: _Ahead) -> AdministrativeHead | LossAccepted:
-        """As `_skip`, of the acceptance of a loss. `ahead` is what lies behind the state of a stopped partition."""
+        """As `_skip`, for the acceptance of a loss. `ahead` are the records after the state of a stopped partition."""
         wanted = request.offset, request.digest
         for accepted in (*self.state.irregular.accepted, *ahead.accepted):
             if (accepted.offset, accepted.digest) == wanted:
@@ -483,7 +483,7 @@ class PartitionLease(Lease):
         """Start from the best state that agrees with the log, and read from there up to the barrier.
 
         A state that names a record that the log does not hold proves a loss: it is added to `losses`. The store is
-        asked now and not before the barrier: else it could get a state, and the log lose its record, in between.
+        asked now and not before the barrier: otherwise it could get a state, and the log lose its record, in between.
         """
         self._end = barrier + 1
         found = stored(self._states, self._origin, self._stopping)
@@ -538,7 +538,7 @@ class PartitionLease(Lease):
         self.losses = [loss for loss in losses if loss not in settled]
 
     def _settle_copied(self, end: int) -> None:
-        """Forget losses of another log whose records this log holds at any offset: then it is a copy of the other."""
+        """Drop losses of another log whose records this log holds at any offset: then it is a copy of the other."""
         wanted = {loss.digest for loss in self.losses if loss.witness.log != self._origin.identity}
         if not wanted:
             return
@@ -650,11 +650,10 @@ class PartitionLease(Lease):
         return last
 
     def _require_all_read(self) -> None:
-        """Raise unless the transaction begins where reading has ended.
-
-        Its events were decided on what was read. A log that has lost some of that takes them all the same, from a
-        producer of which no record is left in it. Whether others have appended anything is looked at before the first
-        transaction of a lease alone: later ones follow a commit of this producer.
+        """Raise unless the transaction begins where reading has ended. Its events were decided from the records that
+        were read. A log that has lost some of these still accepts events from a producer of which it has no record
+        left. Whether others have appended anything is only checked for the first transaction of a lease: later ones
+        follow a commit of this producer.
         """
         late = f"Kafka did not take the records of a transaction within {COMMIT_SECONDS:g} s"
         first, tail = self._delivered.first(late), _open(self._tail)
@@ -852,7 +851,7 @@ class _Delivered:
         """The offset of the first record.
 
         Raises KafkaException if a record was refused, and UnavailableError if not all were delivered, or if the log has
-        lost some of them since: it may take the others all the same.
+        lost some of them since: it may still accept the others.
         """
         if self._error is not None:
             raise KafkaException(self._error)
@@ -867,8 +866,8 @@ class _Delivered:
 class _Wait:
     """A wait for records that the log is known to hold.
 
-    A reader that has learned of a deposed leader gets no error from it and no record either, so the wait makes it look
-    for the leaders again and again.
+    A reader of a deposed leader gets neither errors nor records from it, so the wait makes the reader look up the
+    leaders repeatedly.
     """
 
     def __init__(self, reader: Reader) -> None:

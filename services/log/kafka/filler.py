@@ -1,7 +1,7 @@
 """Filling a topic that has no writer yet with records of another log: imports, copies.
 
-It takes the partitions over as their writers do, by the transactional ids that are theirs: whoever comes later, a
-gateway or another filler, fences it off, and its next transaction fails.
+It takes the partitions over as their writers do, with their transactional ids: a later gateway or filler fences it off,
+and its next transaction fails.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class KafkaFiller:
             await asyncio.wait_for(self._settled(), COMMIT_SECONDS)
 
     async def close(self) -> None:
-        """See `LogFiller`. An open transaction is aborted by whoever fences it, or by its time-out."""
+        """See `LogFiller`. The next writer's fence, or the time-out, aborts an open transaction."""
         self._producers.clear()
 
     async def _settled(self) -> None:

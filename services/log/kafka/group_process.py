@@ -1,10 +1,10 @@
-"""Who the members of a consumer group are, asked by a process of its own.
+"""Finds the members of a consumer group in a child process.
 
-librdkafka aborts the process that describes a group when the connection to the group's coordinator breaks in the wrong
-moment (confluentinc/librdkafka#4605; #5397 is a mend that is not released). A gateway asks all the time, and must not
-end with its client. So a child asks, and is started again when it has ended.
+librdkafka aborts the process that describes a group when the connection to the group's coordinator breaks at the wrong
+moment (confluentinc/librdkafka#4605; its fix, #5397, is not released). A gateway asks all the time, and must survive
+this. So a child asks, and is restarted when it has died.
 
-The two speak in lines of JSON: the connection's settings, then the name of a group for each question. The settings go
+The two exchange lines of JSON: the connection's settings, then the name of a group for each request. The settings go
 through the pipe, so that no secret is among the arguments. The child ends with its standard input.
 """
 
@@ -35,7 +35,7 @@ _PIECE_BYTES = 65_536
 
 
 class GroupProcess:
-    """Describes groups by a child. Every method may be called from any thread."""
+    """Describes groups through a child process. Every method may be called from any thread."""
 
     def __init__(self, kafka: KafkaSettings) -> None:
         """Starts nothing yet."""
@@ -46,7 +46,7 @@ class GroupProcess:
         """By group."""
 
     def members(self, group: str) -> list[Member] | None:
-        """As `Cluster.members`. Blocks for twice _CHILD_SECONDS at most. Who waits at the same time shares an answer.
+        """As `Cluster.members`. Blocks for twice _CHILD_SECONDS at most. Simultaneous callers share an answer.
 
         Raises UnavailableError, ConfigurationError.
         """
@@ -67,7 +67,7 @@ class GroupProcess:
 
     def _asked(self, group: str) -> Mapping[str, Any]:
         line = json.dumps(group).encode() + b"\n"
-        for _ in range(2):  # the child may have ended since the last question, or end at this one
+        for _ in range(2):  # the child may have died since the last request, or die during this one
             try:
                 child = self._child or self._start()
                 cast("IO[bytes]", child.stdin).write(line)
@@ -100,7 +100,7 @@ class GroupProcess:
 
 
 def _line(pipe: int, seconds: float) -> bytes:
-    """What comes up to the end of a line. Raises EOFError when the pipe ends, TimeoutError when the time is over."""
+    """The next line. Raises EOFError when the pipe ends, TimeoutError when the time is over."""
     deadline = time.monotonic() + seconds
     found = b""
     with DefaultSelector() as selector:

@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 
 class KafkaLog:
-    """See `Log`. Its identity is Kafka's topic id (KIP-516): a topic made anew under the same name has another."""
+    """See `Log`. Its identity is Kafka's topic id (KIP-516): a topic that was created again has another."""
 
     def __init__(self, settings: Settings) -> None:
         """Connects to nothing yet. Raises ConfigurationError for settings that cannot work."""
@@ -70,7 +70,7 @@ class KafkaLog:
         return partition_of(package_id, self._topic.partitions)
 
     async def end(self, covering: Position | None = None) -> Position:
-        """See `Log`. The last stable offsets: what lies beyond is of transactions that are not decided."""
+        """See `Log`. The last stable offsets: records beyond belong to open transactions."""
         found = await self._look()
         ends = await self.blocking(lambda: self.cluster.last_stable(range(found.partitions)))
         if covering is not None and covering.log == found.identity:
@@ -120,7 +120,7 @@ class KafkaLog:
                 last = None if follow else extent.last_sequence
                 ((p, start),) = starts.items()
                 begins = await self.blocking(lambda: self.cluster.at_time([p], extent.created_at // 1000))
-                # The record before a position is most likely the event that the reader saw last: it tells its number.
+                # The record before a position is most likely the event that the reader saw last: it shows its sequence.
                 starts = {p: max(start - 1 if last is not None and start else start, min(begins.get(p, 0), ends[p]))}
         reading = _Reading(self, starts, None if follow else ends, key, position, last)
         try:
@@ -174,7 +174,7 @@ class KafkaLog:
         return await self.blocking(lambda: self.cluster.commit(group, next_offsets, metadata))
 
     async def lag(self, projection: str) -> Mapping[int, int]:
-        """See `Log`. A partition without a commit lags by all it holds."""
+        """See `Log`. A partition without a commit lags by all its records."""
         ends = (await self.end()).offsets
         committed = await self.committed(projection)
         return {p: max(0, end - committed.get(p, (0, ""))[0]) for p, end in ends.items()}
@@ -184,7 +184,7 @@ class KafkaLog:
         self._topic = await self.blocking(lambda: topic.migrate(self.kafka, self.cluster))
 
     async def check(self) -> None:
-        """See `Log`. What only keeps a process from starting is looked at until it has passed once."""
+        """See `Log`. Checks that only matter at the start are repeated until they have passed once."""
         starting = not self._passed
         self._topic = await self.blocking(lambda: topic.check(self.kafka, self.cluster, starting=starting))
         self._passed = True
@@ -195,7 +195,7 @@ class KafkaLog:
         self._threads.shutdown(wait=False)
 
     async def blocking(self, call: Callable[[], _T]) -> _T:
-        """Run a blocking question in one of the log's threads."""
+        """Run a blocking request in one of the log's threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     async def _look(self) -> Topic:
@@ -210,7 +210,7 @@ class KafkaLog:
     async def _checked_ends(
         self, starts: Mapping[int, int], at_least: Mapping[int, int] | None = None
     ) -> dict[int, int]:
-        """Where the partitions end, which the caller knows to be no less than `at_least`."""
+        """Where the partitions end; the caller knows that this is not before `at_least`."""
         ends, earliest = await asyncio.gather(
             self.blocking(lambda: self.cluster.last_stable(starts)),
             self.blocking(lambda: self.cluster.earliest(starts)),
@@ -225,7 +225,7 @@ class KafkaLog:
         return ends
 
     async def _confirmed(self, offsets: Mapping[int, int]) -> dict[int, int]:
-        """Where partitions end that were said to end before these offsets: there, unless the newest leader agrees."""
+        """The ends of partitions that seemed to end before these offsets: these, unless the newest leader agrees."""
         if not offsets:
             return {}
         outside = await self.blocking(lambda: self.cluster.outside(offsets))
@@ -233,7 +233,7 @@ class KafkaLog:
 
 
 def recorded(event: Event, position: Position) -> RecordedEvent:
-    """The event with the position behind it."""
+    """The event with the position after it."""
     return RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=position)
 
 
@@ -256,7 +256,7 @@ class _Scan:
         return self._at == self._ends
 
     def some(self) -> Batch | None:
-        """The next records, perhaps none; None behind the last."""
+        """The next records, perhaps none; None after the last."""
         if self.done:
             return None
         began = time.monotonic()
@@ -306,7 +306,7 @@ class _Reading:
         self._watch = Watch(position.log, log.identity)
 
     async def some(self) -> list[RecordedEvent] | None:
-        """The next events, perhaps none; None behind the last."""
+        """The next events, perhaps none; None after the last."""
         if self._stopped is not None:
             raise self._stopped.error
         if self._done:
@@ -320,7 +320,7 @@ class _Reading:
             elif not await self._skips.covers(event):
                 if not events:
                     raise event.error
-                self._stopped = event  # what lies before it is given first
+                self._stopped = event  # the records before it are returned first
                 break
         return events
 
@@ -348,7 +348,7 @@ class _Reading:
                 if isinstance(found, BadRecord):
                     events.append(found)
                 elif not is_administrative(found) and not self._came_again(found):
-                    # From one event to the next the position moves in one partition alone, the event's.
+                    # From one event to the next the position only moves in the event's partition.
                     self._position = self._position.after(record.partition, record.offset)
                     events.append(recorded(found, self._position))
                     if self._is_last(found):
@@ -361,7 +361,7 @@ class _Reading:
         return events
 
     def _came_again(self, event: Event) -> bool:
-        """Whether the event's package had its number before, among the packages that were read lately."""
+        """Whether the event's package already had its sequence, among the recently read packages."""
         last = self._sequences.pop(event.package_id, 0)
         self._sequences[event.package_id] = max(last, event.sequence)
         if len(self._sequences) > _REMEMBERED:

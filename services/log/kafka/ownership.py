@@ -1,4 +1,4 @@
-"""The group of writers: the gateways' consumer group, which assigns partitions and tells who owns them.
+"""The group of writers: the gateways' consumer group, which assigns partitions and shows who owns them.
 
 The assignment decides who tries to write; the fence decides who may. The group's consumer reads nothing: its partitions
 are paused.
@@ -56,10 +56,10 @@ _LOG = logging.getLogger(__name__)
 class WriterGroup:
     """This process's membership. The client id is the URL at which other gateways reach it, or NO_URL; then INTERFACE.
 
-    `assigned`, `revoked` and `look_after` are called in the group's own thread. A partition is given to another when
-    `revoked` has returned, unless it was lost already (the second argument). `look_after` is called all the time, and
-    says why this process should leave its partitions to others; None when it can write. `describe` gives the members of
-    a group, as `Cluster.members`.
+    `assigned`, `revoked` and `look_after` are called in the group's own thread. A partition passes to another process
+    when `revoked` has returned, unless it was lost already (the second argument). `look_after` is called regularly, and
+    returns why this process should leave its partitions to others; None when it can write. `describe` gives the members
+    of a group, as `Cluster.members`.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class WriterGroup:
         """Return if all members of the writers' and the projectors' groups can read such records. Blocks.
 
         `interface` is READS_ADMINISTRATIVE or READS_PRINCIPALS. Raises ConflictError, which names one that cannot, and
-        PushBackError if that cannot be found out now.
+        PushBackError if the members are unknown now.
         """
         kafka = self._kafka
         try:
-            gateways = self._cluster.groups(kafka.writers_group)  # with those that stand aside
+            gateways = self._cluster.groups(kafka.writers_group)  # including those that stay away
             projectors = self._cluster.groups(kafka.projector_group(""))
             groups = [*((group, "gateway") for group in gateways), *((group, "projector") for group in projectors)]
             found = [(group, role, self._describe(group)) for group, role in groups]
@@ -146,9 +146,9 @@ class WriterGroup:
                     )
 
     def _give_way(self, why: str) -> None:
-        """Leave for a while, if there are others who may be able to do what this process is not. Blocks while it asks.
+        """Leave for a while, if there are others that may be able to write. Blocks while it asks.
 
-        A process that is cut off from one broker alone stays a member, and would hold up its partitions for as long as
+        A process that is cut off from only one broker stays a member, and would block its partitions for as long as
         that lasts.
         """
         others: bool | None = False
@@ -205,7 +205,7 @@ class WriterGroup:
             except KafkaException as error:
                 found = kafka_error(error)
                 self._note(explained(found, "joining the writers").detail if found else "the group cannot be joined")
-            # Whatever it is, join again: outside the group the process would write nothing until it is restarted.
+            # After any error, join again: outside the group the process would write nothing until it is restarted.
             except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
                 _LOG.exception("the group of writers was left")
                 self._note(f"the group was left: {type(error).__name__}")

@@ -33,7 +33,7 @@ _MAX_ANSWER_BYTES = 1 << 20
 
 
 class ConfluentFraming:
-    """Exchanges the heads of values. `received` gives back what `sent` was given, and no two values become one."""
+    """Exchanges the heads of values. `received` is the inverse of `sent`, and no two values become one."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         """`ids`: the registry's id of each event type's schema."""
@@ -43,7 +43,7 @@ class ConfluentFraming:
     def sent(self, value: bytes) -> bytes:
         """The value as the topic holds it, so that `received` gives it back.
 
-        Raises CorruptError for a value of another log that is no event there and would be one here, or the reverse.
+        Raises CorruptError for a value of another log that is not an event there and would be one here, or the reverse.
         """
         head = self._sent.get(value[:HEAD_BYTES])
         if head is not None:
@@ -54,7 +54,7 @@ class ConfluentFraming:
         return found
 
     def received(self, value: bytes) -> bytes:
-        """The value in single-object encoding. What has another framing, or an unknown id, cannot be decoded."""
+        """The value in single-object encoding. A value with another framing or an unknown id cannot be decoded."""
         mark = self._received.get(value[:_HEAD])
         if mark is not None:
             return mark + value[_HEAD:]
@@ -121,7 +121,7 @@ class SchemaRegistry:
         return self._ids
 
     def trouble(self) -> str | None:
-        """What about the subjects is not as `register` leaves it, with what mends that. Raises as `ids`."""
+        """How the subjects differ from the state that `register` leaves, and how to fix it. Raises as `ids`."""
         self.ids()
         loose = {s: level for t in EVENT_TYPES if (level := self._compatibility(s := self.subject(t))) != COMPATIBILITY}
         if not loose:

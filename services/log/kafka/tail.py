@@ -58,7 +58,7 @@ class Reader:
             self._consumer.assign(self._parts)
 
     def take(self, limit: int, timeout: float, *, headers: bool = False) -> list[Record]:
-        """What is there, `limit` at most, after waiting `timeout` seconds at most for the first; see `records`.
+        """The available records, at most `limit`, after waiting at most `timeout` seconds for the first; see `records`.
 
         Raises UnavailableError; CorruptError when the offset to read is not in the log; ConfigurationError.
         """
@@ -82,7 +82,7 @@ class Reader:
             return values, _checked(found[-1]) if found else 0
 
     def reached(self) -> dict[int, int]:
-        """Per partition the offset to read next: behind all that was taken, and behind markers that follow it."""
+        """The offset to read next, by partition: after all records that were taken and the markers that follow."""
         with explaining(_DOING):
             return {**self._starts, **positions(self._consumer, self._parts)}
 
@@ -125,7 +125,7 @@ def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Messag
 def records(messages: Iterable[Message], framing: ConfluentFraming | None, *, headers: bool = False) -> list[Record]:
     """The records, with values in single-object encoding. Raises an error among the messages as one of our tree.
 
-    They have times and headers if asked for, or while this process makes spans.
+    They have times and headers if requested, or while this process makes spans.
     """
     found = []
     headers = headers or tracing.tracer is not None
@@ -164,7 +164,7 @@ def positions(consumer: Consumer, partitions: list[TopicPartition]) -> dict[int,
 
 
 def places(consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
-    """As `positions`, each with the leader epoch of what lies before it."""
+    """As `positions`, each with the leader epoch of the record before it."""
     return [p for p in consumer.position(partitions) if p.offset >= 0]
 
 
@@ -187,7 +187,7 @@ class Watch:
         self._still = 0.0
 
     def took(self, reached: Mapping[int, int], seconds: float) -> None:
-        """Reading took so long and has come this far. Only for who reads to an end: elsewhere silence is no news."""
+        """Note how long reading took and how far it got. Only for reads to an end: elsewhere silence is normal."""
         self._still = self._still + seconds if reached == self._reached else 0.0
         self._reached = reached
 
@@ -196,7 +196,7 @@ class Watch:
 
         Raises:
             LogIdentityError: the topic was deleted and created again meanwhile, so the records may be of either log.
-            UnavailableError: nothing has come for PATIENCE_SECONDS, or nobody says which topic it is.
+            UnavailableError: nothing has come for PATIENCE_SECONDS, or the topic's identity is unknown.
             ConfigurationError: the topic is gone.
         """
         stuck = self._still > PATIENCE_SECONDS
@@ -275,7 +275,7 @@ class KafkaSubscription:
         return frozenset(self._reached)
 
     async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
-        """See `Subscription`. What was taken away meanwhile is left to its new owner. Raises UnavailableError."""
+        """See `Subscription`. Revoked partitions are left to their new owner. Raises UnavailableError."""
         await self._run(lambda: self._commit(next_offsets, metadata))
 
     async def close(self) -> None:
@@ -347,7 +347,7 @@ class KafkaSubscription:
         return self._consumer
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Runs within a poll; an error here must not pass through the client, so it is kept for that poll to raise."""
+        """Runs within a poll; an error here must not pass through the client, so the poll raises it later."""
         try:
             starts = self._starts(partitions)
         except ArtifactStoreError as error:
@@ -371,7 +371,7 @@ class KafkaSubscription:
         return TopicPartition(self._kafka.topic, partition, offset)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Runs within a poll or while closing; the partitions go over to others when it returns."""
+        """Runs within a poll or while closing; the partitions pass to others when it returns."""
         self._on_lost(consumer, partitions)
         if self._settled is not None and partitions:
             try:
@@ -384,7 +384,7 @@ class KafkaSubscription:
             self._reached.pop(p.partition, None)
 
     def _starts(self, partitions: list[TopicPartition]) -> dict[int, int]:
-        """Where to begin each. Nothing new is asked for too: the projection looks then whether it can go on at all."""
+        """Where to begin each. Also called without new partitions, to check whether the projection can go on."""
         numbers = [p.partition for p in partitions]
         asked = asyncio.run_coroutine_threadsafe(self._ask(numbers), self._loop)
         starts = asked.result(_START_SECONDS)

@@ -1,4 +1,4 @@
-"""The topic: how `migrate` makes it, what it must be like, and the guard that stops writing when it is not.
+"""The topic: how `migrate` creates it, which properties it must have, and the guard that stops writing otherwise.
 
 At the start, `check` refuses a topic that could lose events. While a process writes, `Guard` looks at the topic's
 settings every few seconds for all of its writers, which ask the guard before each batch. When the cluster does not
@@ -46,7 +46,8 @@ def migrate(kafka: KafkaSettings, cluster: Cluster) -> Topic:
     """Create the topic or check the one that is there; blocks. Raises as `check`.
 
     A schema registry in the settings gets the schemas first, and a topic that is made then has Confluent's framing for
-    good. Earlier releases let events have any time: that is mended, unless a partition holds a future time already.
+    good. Earlier releases let events have any time: `migrate` corrects that, unless a partition already holds a future
+    time.
     """
     _check_replication(kafka)
     registry = cluster.registry
@@ -68,11 +69,12 @@ def migrate(kafka: KafkaSettings, cluster: Cluster) -> Topic:
 
 
 def check(kafka: KafkaSettings, cluster: Cluster, *, starting: bool = True) -> Topic:
-    """The start-up guard; blocks. A process that is not `starting` any more goes on where only times are too free.
+    """The start-up guard; blocks. A process that is no longer `starting` goes on if only the limit on times is too
+    wide.
 
     Raises:
         ConfigurationError: the topic is missing, or could lose or has lost events, or the schema registry is not as
-            `migrate` leaves it; all causes, each with what mends it.
+            `migrate` leaves it; all causes, each with its remedy.
         UnavailableError: the cluster or the registry cannot be reached.
     """
     _check_replication(kafka)
@@ -91,12 +93,12 @@ def check(kafka: KafkaSettings, cluster: Cluster, *, starting: bool = True) -> T
 
 
 def hazards(kafka: KafkaSettings, topic: Topic, settings: Mapping[str, str]) -> list[str]:
-    """What about the topic and its `settings` could lose events, each with what mends it."""
+    """Properties of the topic and its `settings` that could lose events, each with its remedy."""
     return [*_replica_troubles(kafka, topic), *_setting_troubles(kafka, settings)]
 
 
 def losses(cluster: Cluster, topic: Topic) -> list[str]:
-    """What the topic has lost, with what mends it; blocks. Asks the leaders of all partitions.
+    """What the topic has lost, with the remedy; blocks. Asks the leaders of all partitions.
 
     Raises UnavailableError, and ConfigurationError when the topic or the right to see it is missing.
     """
@@ -112,7 +114,7 @@ def losses(cluster: Cluster, topic: Topic) -> list[str]:
 
 
 def unfit(kafka: KafkaSettings, troubles: Sequence[str]) -> str:
-    """One sentence of them all."""
+    """All of them in one sentence."""
     return f"topic {kafka.topic} cannot be the log of record: " + "; ".join(troubles)
 
 
@@ -173,9 +175,8 @@ def times_ahead_ms(settings: Mapping[str, str]) -> int:
 
 
 def needless(kafka: KafkaSettings, cluster: Cluster, settings: Mapping[str, str]) -> str | None:
-    """What is wrong if events may have times further ahead than is needed to write to every partition; blocks.
-
-    Asks nothing of the cluster while the bound is the usual one. Raises as `hazards`.
+    """The problem if events may have times further ahead than is needed to write to every partition; blocks. Does not
+    ask the cluster while the limit is the usual one. Raises as `hazards`.
     """
     if times_ahead_ms(settings) <= TIMES_AHEAD_MS:
         return None
@@ -198,7 +199,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Guard:
-    """Belongs to one process. `look` is for one thread at a time, all else for any."""
+    """Belongs to one process. `look` is for one thread at a time, everything else for any."""
 
     def __init__(self, kafka: KafkaSettings, cluster: Cluster, clock: Clock, store: StoreClock | None = None) -> None:
         """`clock` is this machine's, `store` that of the blob store, if it has one."""
@@ -214,12 +215,12 @@ class Guard:
 
     @property
     def trouble(self) -> str | None:
-        """Why this process may write to no partition, and what mends it; None when nothing is wrong."""
+        """Why this process may not write to any partition, and the remedy; None when nothing is wrong."""
         return self._trouble or (None if self._store is None else self._store.trouble())
 
     @property
     def drifted(self) -> bool:
-        """Whether the topic's settings are others than they should be."""
+        """Whether the topic's settings differ from what they should be."""
         return self._trouble is not None or self._needless is not None
 
     @property
@@ -229,17 +230,17 @@ class Guard:
         return None if ahead is None else ahead / _MICROS
 
     def look(self) -> None:
-        """Look at the topic again; keeps what was known when the cluster does not say. Blocks. Never raises.
+        """Check the topic again; keeps the previous result when the cluster does not answer. Blocks. Never raises.
 
-        Any broker knows the settings. Only its leader knows what a partition holds: one that cannot be reached must not
-        hide that the settings have changed.
+        Any broker knows the settings, but only its leader knows the content of a partition. A leader that cannot be
+        reached must not hide changed settings.
         """
         with self._asking("settings"):
             settings, topic = self._cluster.topic_settings(), self._cluster.topic()
             unsafe = [*hazards(self._kafka, topic, settings), *self._framing_changed(settings)]
             self._trouble_is([*unsafe, *self._losses])
             allowed = times_ahead_ms(settings)
-            # An operator lets Kafka take a time that is far ahead, and so do we.
+            # If an operator lets Kafka accept a time that is far ahead, so do we.
             self._ahead_seconds = FAR_SECONDS if allowed <= TIMES_AHEAD_MS else allowed / 1000
             with self._asking("partitions"):
                 self._losses = losses(self._cluster, topic)

@@ -103,10 +103,8 @@ class KafkaWriter:
         submit_seconds: float = SUBMIT_SECONDS,
         describe_group: Callable[[str], list[Member] | None] | None = None,
     ) -> None:
-        """Does not connect yet. `settings` must be those of `log`.
-
-        Nothing is written while the clock differs too much from that of `times`. The members of groups are asked of
-        the log's cluster, or by `describe_group` in its place.
+        """Does not connect yet. `settings` must be those of `log`. Nothing is written while the clock differs too much
+        from that of `times`. Members of groups come from the log's cluster, or from `describe_group` instead.
         """
         self._log = log
         self._limits = limits
@@ -224,7 +222,7 @@ class KafkaWriter:
                 raise PushBackError(f"nobody can act in another's name now: {self._readers_lack}", _READERS_SECONDS)
 
     def announce(self, package_id: UUID) -> None:
-        """See `CommandWriter`. Other processes' writers are not told."""
+        """See `CommandWriter`. Writers of other processes are not informed."""
         writer = self._writers.get(self._partition_of(package_id))
         if writer is not None:
             writer.announce()
@@ -238,7 +236,7 @@ class KafkaWriter:
 
     async def _end_of(self, partition: int) -> int:
         end = cast("int | None", await self._router.answer(partition, EndQuestion()))
-        # An owner of the previous release does not know the question; it trusts the brokers itself.
+        # An owner of the previous release does not support this request; it trusts the brokers itself.
         return end if end is not None else (await self._log.end()).offsets[partition]
 
     async def end_here(self, partition: int) -> int:
@@ -330,7 +328,7 @@ class KafkaWriter:
         return [here.get(p) or _elsewhere(p, owners.get(p)) for p in range(await self._log.partitions())]
 
     def status_here(self) -> list[PartitionStatus]:
-        """As `status`, of this process's own partitions. Asks nobody and does not block."""
+        """As `status`, of this process's own partitions. Sends no request and does not block."""
         return [writer.status(THIS_PROCESS) for _, writer in sorted(self._writers.items())]
 
     @property
@@ -340,7 +338,7 @@ class KafkaWriter:
 
     @property
     def drifted(self) -> bool:
-        """Whether the topic's settings are others than they should be."""
+        """Whether the topic's settings differ from what they should be."""
         return self._guard.drifted
 
     @property
@@ -350,7 +348,7 @@ class KafkaWriter:
 
     @property
     def state_free_bytes(self) -> int | None:
-        """Free space on the disk of the writers' state; None while its folder is not there. Asks the system alone."""
+        """Free space on the disk of the writers' state; None while its folder does not exist. Asks only the system."""
         try:
             return shutil.disk_usage(self._state_dir).free
         except OSError:
@@ -393,7 +391,7 @@ class KafkaWriter:
         for writer in gone:
             writer.stop()
         if not lost:
-            # A helpless one writes nothing, and may wait for an answer for long.
+            # A writer that cannot write may wait long for an answer.
             _join([writer for writer in gone if not writer.helpless])
         self._ending = [writer for writer in [*self._ending, *gone] if not writer.join(0)]
 
@@ -460,7 +458,7 @@ def _elsewhere(partition: int, owner: Owner | None) -> PartitionStatus:
 
 
 def _snapshot_key(settings: Settings) -> bytes | None:
-    """What snapshots are signed with; None when the settings have no secret for that."""
+    """The key that signs snapshots; None when the settings have no secret for that."""
     secret = settings.state_key or settings.internal_secret
     if secret is None:
         return None

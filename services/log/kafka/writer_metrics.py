@@ -1,4 +1,4 @@
-"""Metrics of a process's writers for Prometheus, collected whenever somebody looks; nothing is asked of the cluster."""
+"""Metrics of a process's writers for Prometheus, collected at each scrape, without requests to the cluster."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ _GAUGES: Sequence[tuple[str, str, Sequence[str], Callable[[PartitionStatus], _Sh
 
 
 class WriterCollector(Collector):
-    """What one `KafkaWriter` says of itself. Of partitions that others own it says only that it does not own them."""
+    """The metrics of one `KafkaWriter`. For partitions that others own it only shows that it does not own them."""
 
     def __init__(self, writer: KafkaWriter) -> None:
         self._writer = writer

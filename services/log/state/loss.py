@@ -65,8 +65,8 @@ class Loss:
     def accepted_by(self, accepted: AcceptedLoss, log: UUID) -> bool:
         """Whether an operator's acceptance, which was recorded in `log`, covers this loss as well.
 
-        It covers every record that a state of another log remembers. Of `log` itself it covers records up to its offset
-        that a state remembers from before the acceptance, whose time is later than that of any known lost record.
+        If another log lost records, it covers all states of that log. If `log` itself did, it covers states up to its
+        offset from before the acceptance, which has a later time than any record known to be lost then.
         """
         anchor = self.witness.anchor
         if accepted.log != self.witness.log:

@@ -400,8 +400,8 @@ class PartitionState:
             self._forget(package_id)
 
     def _hold(self, state: PackageState) -> None:
-        """Keep a package that was just read from the file and is about to be used. Such packages need not bring changes
-        that a save follows.
+        """Keep a package that was just read from the file and is about to be used. More packages may be read than
+        changed between two saves, so this makes room, too.
         """
         self._keep(state, state.sequence)
         self._used.add(state.package_id)
