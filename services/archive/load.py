@@ -1,4 +1,4 @@
-"""Importing: an archive is proved, and an empty log is filled with it; positions of the old log in the new one.
+"""Importing: proves an archive, fills an empty log with it, and translates positions of the old log to the new one.
 
 The records of an archive have one order, by their events' times, whatever partitions they lay in. Each goes to the
 partition of its package in the new log. So the archive alone determines the content of each partition: an interrupted

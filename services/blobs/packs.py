@@ -175,8 +175,8 @@ async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Place
     """The files' locations in the store, in the order of the files, with every byte verified. Holds PACK_BYTES at most.
 
     Raises:
-        UnknownContentError: a blob is not there, or its bytes are not what is said of them. One that is damaged is
-            stored anew when its bytes are sent to this process.
+        UnknownContentError: a blob is missing, or its bytes do not match the claims. A damaged one is stored again when
+            its bytes are sent to this process.
         UnavailableError: the store cannot be reached.
     """
     by_blob: defaultdict[bytes, dict[_Slice, NamedFile]] = defaultdict(dict)

@@ -131,7 +131,7 @@ class DirectPart:
 
 @dataclass(frozen=True, slots=True)
 class PartAddress:
-    """A signed PUT: its URL, and the headers that it must have. Whoever holds it may send that one part."""
+    """A signed PUT: its URL, and the headers that it must have. Anyone who has it may send that one part."""
 
     url: str
     headers: Mapping[str, str]
@@ -189,8 +189,8 @@ class PartStore(Protocol):
     ) -> StoredBlob:
         """Join the parts into one blob, in this order, and compute both digests of the bytes read back from it.
 
-        `digests` are those of all bytes that were put, where the caller has them: the blob is then not read back if it
-        need not be read. May be called again, also by another process, until `discard`. Else it takes as long as
+        `digests` are those of all bytes that were put, if the caller has them: the blob is then not read back unless it
+        must be read anyway. May be called again, also by another process, until `discard`. Else it takes as long as
         reading the whole.
 
         Raises:

@@ -134,7 +134,7 @@ class SoundReads:
 
 
 def _reported(missing: CorruptError | UnavailableError | None) -> CorruptError | UnavailableError:
-    """The error to raise when no place has the bytes. A loss goes to the log as well: somebody has to mend it."""
+    """The error to raise when no location has the bytes. A loss is also logged, because a person has to repair it."""
     error = missing or CorruptError("the file has no place where its bytes lie")
     if isinstance(error, CorruptError):
         _log.error("the bytes of a file are lost: %s; `artifact-store verify` names all", error.detail)
@@ -142,6 +142,6 @@ def _reported(missing: CorruptError | UnavailableError | None) -> CorruptError |
 
 
 async def _begun(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The generator behind its `_BEGUN`: one that never began would close nothing of what it was to read."""
+    """The generator after its `_BEGUN`: a generator that never began would not close what it reads from."""
     await anext(chunks)
     return chunks

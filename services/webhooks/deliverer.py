@@ -177,7 +177,7 @@ class Deliverer:
             await wait_for_stop(stop, pause)
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
-        """Stand by until this process may deliver and can read the log. Returns False if it is told to stop first."""
+        """Stand by until this process may deliver and can read the log. Returns False if `stop` is set first."""
         heartbeat = Heartbeat()
         while not stop.is_set():
             found = await self._store.beat()

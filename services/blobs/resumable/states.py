@@ -97,7 +97,7 @@ class UploadState(BaseModel):
 
     @property
     def sender(self) -> str:
-        """Whose upload it is."""
+        """The owner of the upload."""
         return self.principal or self.actor
 
     @property
@@ -117,7 +117,7 @@ class UploadState(BaseModel):
 
     @property
     def declared(self) -> Declared:
-        """What its bytes must be."""
+        """The declaration that its bytes must match."""
         return Declared(
             self.length,
             None if self.blake3 is None else bytes.fromhex(self.blake3),

@@ -212,10 +212,10 @@ class ResumableUploads:
     ) -> tuple[UploadState, list[tuple[DirectPart, PartAddress]]]:
         """Add parts that the client has `sent` to the store, with their ETags, and give addresses of further ones.
 
-        Parts follow each other from `offset` on, the `wanted` ones, each a length and a CRC-32, behind those that were
-        sent. No addresses are given when the store cannot be used so now, or no bytes are missing: then the upload goes
-        on with `append`. The last part finishes the upload. The client's claims about the bytes are not trusted: all of
-        them are read back and hashed.
+        Parts follow each other from `offset` on, the `wanted` ones, each a length and a CRC-32, after those that were
+        sent. No addresses are returned if direct access is unavailable now, or no bytes are missing: then the upload
+        continues with `append`. The last part finishes the upload. The client's claims about the bytes are not trusted:
+        all of them are read back and hashed.
 
         Raises:
             UploadNotFoundError, UploadOffsetError, UploadBusyError: as `append`.
@@ -466,7 +466,7 @@ ALGORITHMS: dict[str, Callable[[], _Hash]] = {
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """What the bytes of one request must hash to."""
+    """The digest that the bytes of one request must have."""
 
     algorithm: str
     digest: bytes

@@ -315,7 +315,7 @@ class S3Requests:
         }
         url = self._url(key, asked)
         split = urlsplit(url)
-        # The text that is signed differs from that of a signature in headers by these parameters alone.
+        # The signed text differs from that of a signature in headers only by these parameters.
         signed = self._signature("PUT", split, {**headers, "Host": split.netloc}, _UNSIGNED, now)
         return f"{url}&X-Amz-Signature={signed['Authorization'].rpartition('=')[2]}"
 

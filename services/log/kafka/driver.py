@@ -395,7 +395,7 @@ class PartitionLease(Lease):
     def _append_alone(
         self, value: bytes | None, key: str | None, timestamp: int, headers: Headers | None, *, commit: bool
     ) -> int:
-        """Append one record in a transaction of its own, which is committed or aborted; the record's offset.
+        """Append one record in a separate transaction, which is committed or aborted; the record's offset.
 
         Raises whatever the client raises, and UnavailableError when not all in-sync replicas have acknowledged it.
         """

@@ -1,7 +1,7 @@
 """Confluent's framing of record values, and the schema registry whose ids are in it.
 
 Everywhere else in the project an event's bytes are in single-object encoding (`schemas.codec`). A topic that was made
-with a schema registry carries the same Avro behind another head: 00 and the registry's four-byte id of the schema. The
+with a schema registry carries the same Avro after another head: 00 and the registry's four-byte id of the schema. The
 head is exchanged where records are sent and where they are received, and nowhere else.
 
 The registry speaks Confluent's REST interface, as Karapace and Apicurio do as well. It is asked when a process starts.

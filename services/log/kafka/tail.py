@@ -112,7 +112,7 @@ class Reader:
 
 
 def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Message]:
-    """The first message that comes and all that wait behind it.
+    """The first message that comes and all messages waiting after it.
 
     `consume` alone would wait for the full number or the whole time.
     """

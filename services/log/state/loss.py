@@ -32,7 +32,7 @@ class Witness:
 
     @property
     def evidence(self) -> str:
-        """What `v1.log.loss_accepted` names it: FILE, which stands for every state of a writer, or SNAPSHOT."""
+        """Its name in `v1.log.loss_accepted`: FILE, which stands for every state of a writer, or SNAPSHOT."""
         return FILE if self.kind == MEMORY else self.kind
 
 

@@ -149,7 +149,7 @@ class PartitionState:
         return state.last_event_at < self._idle_before()
 
     def away(self, package_id: UUID) -> bool:
-        """Whether the package is open, large, and in the file alone, so that `package` would take long.
+        """Whether the package is open, large, and only in the file, so that `package` would take long.
 
         A smaller one is read back now: while a batch is decided, other partitions' writers wait.
         """

@@ -175,7 +175,7 @@ class ExposedFolderError(StateFileError):
 
 
 class Slot:
-    """A path for a state file that this process alone uses, until `release`."""
+    """A path for a state file that only this process uses, until `release`."""
 
     def __init__(self, path: Path, lock: FileLock) -> None:
         self.path = path

@@ -767,7 +767,7 @@ def command_rows(state: PackageState, saved: int) -> Iterator[tuple[int, bytes]]
     paths: list[list[str]] = []
     size = 0
     for command_id, command in _since(state.commands, saved):
-        # Its events come one behind the other.
+        # Its events are consecutive.
         new = min(len(command.paths), command.last_sequence - saved)
         own = command.paths[len(command.paths) - new :]
         commands.append(_command(command_id, command))
