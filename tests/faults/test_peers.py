@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,8 +58,12 @@ async def insist(writer: KafkaWriter, command: Command) -> Acknowledgement:
     """Submit the command until it is answered."""
     async with asyncio.timeout(SECONDS):
         while True:
-            with suppress(UnavailableError, PushBackError):
+            try:
                 return await writer.submit(command)
+            except UnavailableError:
+                pass  # it has waited for its deadline
+            except PushBackError as error:
+                await asyncio.sleep(error.retry_after)
 
 
 async def test_a_take_over_reads_all_that_was_recorded_although_a_deposed_leader_says_where_the_log_ends(

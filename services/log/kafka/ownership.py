@@ -40,6 +40,9 @@ _POLL_INTERVAL_MS = 60_000
 
 _REJOIN_SECONDS = 0.5
 
+_ASSIGNED_SECONDS = 15.0
+"""How long a member waits for an assignment before it asks whether partitions are left without an owner."""
+
 AWAY_SECONDS = (30.0, 600.0)
 """How long a process that cannot write stays out of the group: at first, and at most. It doubles each time."""
 
@@ -168,6 +171,19 @@ class WriterGroup:
         """Whether gateways that this one can forward to are members; None while the group rebalances."""
         return self._any(lambda member: member.client_id.startswith("http") and not self.is_self(member))
 
+    def _is_overlooked(self) -> bool:
+        """Whether partitions have no owner in a group that is settled. Blocks.
+
+        A client that was assigned nothing then waits for something that does not come: when a broker was cut off from
+        the others, clients were seen to wait for minutes, and new ones to be assigned all within seconds.
+        """
+        with suppress(ConfigurationError, UnavailableError):
+            members = self.members()
+            if members is not None:
+                owned = {partition for member in members for partition in member.partitions}
+                return len(owned) < self._cluster.topic().partitions
+        return False
+
     def _any(self, wanted: Callable[[Member], bool]) -> bool | None:
         members = self.members()
         return None if members is None else any(map(wanted, members))
@@ -219,8 +235,14 @@ class WriterGroup:
             consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
+            asked = time.monotonic()
             while not self._closing.is_set() and not self._rejoin.is_set():
                 message = consumer.poll(_POLL_SECONDS)
+                if self._member_id is None and time.monotonic() - asked > _ASSIGNED_SECONDS:
+                    asked = time.monotonic()
+                    if self._is_overlooked():
+                        self._note("the group has assigned nothing, although partitions have no owner: joining again")
+                        return
                 error = message.error() if message is not None else None
                 if error is not None:
                     self._note(explained(error, "staying in the group of writers").detail)

@@ -65,6 +65,45 @@ def test_the_group_is_joined_again_whatever_went_wrong(
     group.close()
 
 
+@pytest.mark.parametrize(
+    ("members", "joins_again"),
+    [
+        ([Member("own", NO_URL, frozenset())], True),
+        ([Member("own", NO_URL, frozenset()), Member("other", NO_URL, frozenset({0}))], True),
+        ([Member("own", NO_URL, frozenset()), Member("other", NO_URL, frozenset({0, 1}))], False),
+        (None, False),
+    ],
+    ids=["nobody has one", "one is left", "others have all", "between two assignments"],
+)
+def test_who_was_assigned_nothing_joins_again_if_partitions_have_no_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: list[Member] | None, joins_again: bool
+) -> None:
+    joined, asked = [], Event()
+
+    class Asking(Quiet):
+        def __init__(self) -> None:
+            super().__init__(Event())
+            joined.append(self)
+
+    def describe(_: str) -> list[Member] | None:
+        if len(looks) == 3:
+            asked.set()
+        looks.append(len(joined))
+        return members
+
+    looks: list[int] = []
+    monkeypatch.setattr(group_module, "make_consumer", lambda _: Asking())
+    monkeypatch.setattr(group_module, "_ASSIGNED_SECONDS", 0.0)
+    monkeypatch.setattr(group_module, "_REJOIN_SECONDS", 0.0)
+    kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
+    cluster = SimpleNamespace(topic=lambda: SimpleNamespace(partitions=2))
+    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None, lambda: None, describe)
+    group.start()
+    assert asked.wait(30)
+    group.close()
+    assert looks[:4] == ([1, 2, 3, 4] if joins_again else [1, 1, 1, 1])
+
+
 def test_a_process_whose_writers_cannot_write_leaves_the_group_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
