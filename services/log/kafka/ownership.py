@@ -178,10 +178,8 @@ class WriterGroup:
         the others, clients were seen to wait for minutes, and new ones to be assigned all within seconds.
         """
         with suppress(ConfigurationError, UnavailableError):
-            members = self.members()
-            if members is not None:
-                owned = {partition for member in members for partition in member.partitions}
-                return len(owned) < self._cluster.topic().partitions
+            owners = self.owners()
+            return owners is not None and len(owners) < self._cluster.topic().partitions
         return False
 
     def _any(self, wanted: Callable[[Member], bool]) -> bool | None:
