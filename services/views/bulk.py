@@ -86,15 +86,10 @@ async def update_rows(connection: AsyncConnection, columns: Sequence[Column[Any]
     key, *changed = columns
     name = key.table.name
     if on_postgresql(connection):
-        arrays = ", ".join(f"${i}::{_type_name(column)}[]" for i, column in enumerate(columns, 1))
-        names = ", ".join(f"v{i}" for i in range(len(columns)))
         values = ", ".join(f'"{column.name}" = v{i}' for i, column in enumerate(changed, 1))
+        statement = f'UPDATE {name} SET {values} FROM {_given(columns)} WHERE {name}."{key.name}" = v0'  # noqa: S608 - as above
         driver = await driver_of(connection)
-        await driver.execute(
-            f"UPDATE {name} SET {values} FROM unnest({arrays}) AS new ({names}) "  # noqa: S608 - our own names
-            f'WHERE {name}."{key.name}" = v0',
-            *map(list, zip(*rows, strict=True)),
-        )
+        await driver.execute(statement, *map(list, zip(*rows, strict=True)))
     else:
         values = ", ".join(f'"{column.name}" = ?' for column in changed)
         statement = f'UPDATE {name} SET {values} WHERE "{key.name}" = ?'  # noqa: S608 - names of our own tables
@@ -108,11 +103,9 @@ async def delete_rows(connection: AsyncConnection, columns: Sequence[Column[Any]
         return
     name = columns[0].table.name
     if on_postgresql(connection):
-        arrays = ", ".join(f"${i}::{_type_name(column)}[]" for i, column in enumerate(columns, 1))
-        names = ", ".join(f"v{i}" for i in range(len(columns)))
         same = " AND ".join(f'{name}."{column.name}" = v{i}' for i, column in enumerate(columns))
+        statement = f"DELETE FROM {name} USING {_given(columns)} WHERE {same}"  # noqa: S608 - as above
         driver = await driver_of(connection)
-        statement = f"DELETE FROM {name} USING unnest({arrays}) AS old ({names}) WHERE {same}"  # noqa: S608 - as above
         await driver.execute(statement, *map(list, zip(*rows, strict=True)))
     else:
         same = " AND ".join(f'"{column.name}" = ?' for column in columns)
@@ -142,6 +135,12 @@ async def find_rows(
         query = select(*columns).where(key.in_(keys[start : start + _CHUNK]))
         found += [tuple(row) for row in await connection.execute(query)]
     return found
+
+
+def _given(columns: Sequence[Column[Any]]) -> str:
+    """On PostgreSQL the rows that come as one array a column: a table with the columns `v0`, `v1`, ..."""
+    arrays = ", ".join(f"${i}::{_type_name(column)}[]" for i, column in enumerate(columns, 1))
+    return f"unnest({arrays}) AS given ({', '.join(f'v{i}' for i in range(len(columns)))})"
 
 
 def _as_sqlite(columns: Sequence[Column[Any]], rows: Iterable[Row]) -> list[Row]:
