@@ -1,4 +1,4 @@
-"""The gateway as a process: it listens until it is told to stop, then finishes the requests in progress.
+"""The gateway as a process: it listens until it is stopped, then finishes the requests in progress.
 
 Meanwhile it sweeps the blob store, about once an hour: uploads that made no progress for a day are aborted, so that a
 killed process leaves nothing behind. Sweeps of several gateways do not harm each other; random pauses keep them apart.
@@ -47,7 +47,7 @@ from services.wiring import Parts, is_embedded, parts
 _log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30.0
-"""How long requests in progress may go on once the gateway is told to stop."""
+"""How long requests in progress may go on after the gateway was told to stop."""
 
 _METRICS_CONNECTIONS = 64
 

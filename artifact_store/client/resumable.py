@@ -305,7 +305,7 @@ class DirectParts:
 
 
 async def _parts(chunks: AsyncIterator[bytes], part_bytes: int) -> AsyncGenerator[HeldPart, None]:
-    """The bytes in parts of this size, the last one of what is left."""
+    """Parts of this many bytes each; the last may be shorter."""
     part = HeldPart()
     async for chunk in chunks:
         rest = memoryview(chunk)

@@ -394,7 +394,7 @@ def _open_postgresql(url: URL) -> AsyncEngine:
 
 
 def _replace_lost(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
-    """Connect anew where a connection is lost: a database that was restarted costs no request its answer.
+    """Replace a connection that was lost, so that no request fails because the database was restarted.
 
     A server that ends a connection says so. Only where none may have said it, because the connection was not used for a
     while, the server is asked, as `pool_pre_ping` asks it each time: that takes three answers.
