@@ -186,10 +186,26 @@ async def _log(settings: Settings, finding: Finding) -> None:
             return
         await log.check()
         finding.remarks.append(f"{await log.partitions()} partitions, id {await log.identity()}")
+        finding.remarks += await _under_replicated(log)
         if settings.schema_registry_url is not None:
             finding.remarks.append(await _framing(log))
     finally:
         await log.close()
+
+
+async def _under_replicated(log: Log) -> list[str]:
+    """Partitions of a Kafka log that are served and lack a replica. Nothing fails yet, so only `doctor` says it."""
+    from services.log.kafka import KafkaLog
+
+    if not isinstance(log, KafkaLog):
+        return []
+    topic = await log.blocking(log.cluster.topic)
+    if not (short := topic.under_replicated):
+        return []
+    which = f"partition{'' if len(short) == 1 else 's'} {', '.join(map(str, short))}"
+    return [
+        f"{which}: a replica is not in sync. Writes stop when fewer than min.insync.replicas are: are all brokers up?"
+    ]
 
 
 async def _framing(log: Log) -> str:

@@ -132,6 +132,7 @@ def drill(
 @drill(
     "one broker of three away",
     also=frozenset({"TakeoversFail"}),
+    doctor=("ok     log: .*a replica is not in sync.*are all brokers up",),
     log=(r"WARNING \S+: the Kafka broker 127\.0\.0\.1:[0-9]+ cannot be reached: Connection refused",),
 )
 async def one_broker(scene: Scene) -> AsyncIterator[None]:

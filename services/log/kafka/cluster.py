@@ -98,11 +98,15 @@ _HAS_MEMBERS = frozenset({KafkaError.NON_EMPTY_GROUP, KafkaError.UNKNOWN_MEMBER_
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """The topic as described: `identity` is its topic id (KIP-516), `replicas` the fewest of any partition."""
+    """The topic as described: `identity` is its topic id (KIP-516), `replicas` the fewest of any partition.
+
+    `under_replicated` are the partitions of which a replica is not in sync, as when a broker is away.
+    """
 
     identity: UUID
     partitions: int
     replicas: int
+    under_replicated: tuple[int, ...] = ()
 
     def difference(self, now: Topic) -> str | None:
         """Why the topic, as described `now`, is no longer the same log; None if it is."""
@@ -181,7 +185,12 @@ class Cluster:
             if self._identity not in (None, identity):
                 self._epochs = {}
             self._identity = identity
-        return Topic(identity, len(found.partitions), min(len(p.replicas) for p in found.partitions))
+        return Topic(
+            identity,
+            len(found.partitions),
+            min(len(p.replicas) for p in found.partitions),
+            tuple(sorted(p.id for p in found.partitions if len(p.isr) < len(p.replicas))),
+        )
 
     def topic_settings(self) -> Mapping[str, str]:
         """The settings in effect for the topic, including the cluster's defaults."""
