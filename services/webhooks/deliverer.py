@@ -32,6 +32,7 @@ from services.core.access import Grants
 from services.log.port import Log, partition_read
 from services.registry.origins import Origins, find_origins
 from services.runtime.clock import Clock, system_clock
+from services.runtime.logs import Repeats
 from services.runtime.processes import wait_for_stop
 from services.views.database import Views
 from services.views.queries import Queries
@@ -151,9 +152,10 @@ class Deliverer:
         self._store = Subscriptions(views, clock)
         self._metrics = metrics or DeliveryMetrics()
         self._me = uuid4()
+        self._repeats = Repeats()
         policy, queries = policy or Policy(), Queries(views)
         self._begin = partial(
-            _Lead, log, self._store, targets, grants_of, policy, self._metrics, clock, queries, self._me
+            _Lead, log, self._store, targets, grants_of, policy, self._metrics, clock, queries, self._me, self._warn
         )
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -170,11 +172,16 @@ class Deliverer:
                 logger.warning("webhooks: %s", error)
             except ArtifactStoreError as error:
                 pause = _AGAIN_SECONDS
-                logger.warning("webhooks: %s; trying again in %g s", error.detail, pause)
+                self._warn(f"webhooks: {error.detail}; trying again every {pause:g} s")
             except Exception:  # a bug in this program must not end delivery for ever
                 pause = _AGAIN_SECONDS
                 logger.exception("webhooks: a bug in this program; trying again in %g s", pause)
             await wait_for_stop(stop, pause)
+
+    def _warn(self, text: str) -> None:
+        """Log a warning that may repeat, once in a while."""
+        if (line := self._repeats.passes(text, text)) is not None:
+            logger.warning("%s", line)
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
         """Stand by until this process may deliver and can read the log. Returns False if `stop` is set first."""
@@ -234,6 +241,7 @@ class _Lead:
         clock: Clock,
         queries: Queries,
         me: UUID,
+        warn: Callable[[str], None],
     ) -> None:
         self._log = log
         self._store = store
@@ -243,6 +251,7 @@ class _Lead:
         self._metrics = metrics
         self._clock = clock
         self._me = me
+        self._warn = warn
         self._origins = Origins(lambda ids: find_origins(ids, queries, log))
         self._outboxes: dict[UUID, Outbox] = {}
         self._joined: set[Outbox] = set()
@@ -278,9 +287,9 @@ class _Lead:
                 self._beaten_at = began
                 self._on_time.set()
             except TimeoutError:
-                logger.warning("webhooks: the database accepts no heartbeat within %g s", LATE_SECONDS)
+                self._warn(f"webhooks: the database accepts no heartbeat within {LATE_SECONDS:g} s")
             except ArtifactStoreError as error:
-                logger.warning("webhooks: no heartbeat: %s", error.detail)
+                self._warn(f"webhooks: no heartbeat: {error.detail}")
             await asyncio.sleep(max(0.0, began + _BEAT_SECONDS - time.monotonic()))
 
     async def _be_on_time(self) -> None:
@@ -312,7 +321,7 @@ class _Lead:
             try:
                 await self._watch()
             except ArtifactStoreError as error:
-                logger.warning("webhooks: changes are not seen: %s; trying again in %g s", error.detail, _AGAIN_SECONDS)
+                self._warn(f"webhooks: changes are not seen: {error.detail}; trying again every {_AGAIN_SECONDS:g} s")
             await asyncio.sleep(_AGAIN_SECONDS)
 
     async def _watch(self) -> None:
@@ -412,7 +421,7 @@ class _Lead:
             try:
                 await self._follow()
             except ArtifactStoreError as error:
-                logger.warning("webhooks: no event is read: %s; trying again in %g s", error.detail, _AGAIN_SECONDS)
+                self._warn(f"webhooks: no event is read: {error.detail}; trying again every {_AGAIN_SECONDS:g} s")
             self._tail.clear()
             self._kept.clear()
             self._kept_bytes = 0
@@ -480,7 +489,7 @@ class _Lead:
                 async with self._readers:
                     await self._read_on(outbox)
             except ArtifactStoreError as error:
-                logger.warning("subscription %s: %s", outbox.subscription.subscription_id, error.detail)
+                self._warn(f"subscription {outbox.subscription.subscription_id}: {error.detail}")
                 if not isinstance(error, UnavailableError):
                     outbox.suspend(error.detail)
                 await asyncio.sleep(_AGAIN_SECONDS)
@@ -567,7 +576,7 @@ class _Lead:
             try:
                 await self.save()
             except ArtifactStoreError as error:
-                logger.warning("webhooks: progress is not saved: %s; trying again", error.detail)
+                self._warn(f"webhooks: progress is not saved: {error.detail}; trying again")
 
     async def save(self) -> None:
         """Save the progress since the last time, after any that could not be saved then.

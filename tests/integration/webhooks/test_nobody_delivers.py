@@ -22,6 +22,7 @@ from services.webhooks.subscriptions import LAPSE_SECONDS, Heartbeat, State, Sub
 from services.webhooks.targets import Targets
 from tests.integration.conditions import until
 from tests.memory_log import MemoryLog
+from tests.tcp import Connections
 
 SECONDS = 20.0
 
@@ -107,3 +108,26 @@ async def test_a_process_that_cannot_read_the_log_leaves_delivery_to_one_that_ca
             logs[0].unavailable = False
             await until_delivering({first: True, second: False})
             await until_unserved(seen, 0)
+
+
+async def test_a_database_that_is_away_is_reported_once_and_not_at_each_attempt(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deliverer, "_AGAIN_SECONDS", 0.01)
+    attempts = 0
+
+    async def refuse(_: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
+        nonlocal attempts
+        attempts += 1
+
+    async def several() -> bool:
+        return attempts >= 5
+
+    async with Connections(refuse).listening() as address:
+        views = Views(f"postgresql+asyncpg://user@{address}/views")
+        async with delivering(views, MemoryLog()):
+            await until(several, SECONDS, "it is not tried again")
+        await views.close()
+    said = [record.getMessage() for record in caplog.records if record.name == deliverer.__name__]
+    assert len(said) == 1, said
+    assert "trying again every" in said[0], said
