@@ -1,7 +1,7 @@
 """Writing and finding many rows at once: `COPY` and `unnest` on PostgreSQL, prepared statements on SQLite.
 
-The drivers are spoken to directly, because binding by name costs as much as the work itself. Every value is of its
-column's type as the driver takes it: UUID, text, integer, bytes, None.
+These functions call the drivers directly, because binding by name costs as much as the work itself. Every value must
+have the type that the driver takes for its column: UUID, text, integer, bytes, None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sqlalchemy.types import TypeEngine
 
 Row = tuple[Any, ...]
 
-_CHUNK = 10_000  # identifiers in one statement of SQLite; below what it takes (32,766 parameters)
+_CHUNK = 10_000  # identifiers in one statement of SQLite; its limit is 32,766 parameters
 _TYPES: dict[type[TypeEngine[Any]], str] = {
     Uuid: "uuid",
     BigInteger: "bigint",
@@ -28,7 +28,7 @@ _TYPES: dict[type[TypeEngine[Any]], str] = {
     Text: "text",
 }
 _ROWS_AT_ONCE = 250
-"""How many encoded rows one message of the `COPY` has."""
+"""The number of encoded rows in one message of the `COPY`."""
 
 # PostgreSQL documentation, COPY, "Binary Format": signature, flags, length of the extension; and the trailer.
 _COPY_HEAD = b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -41,14 +41,14 @@ def on_postgresql(connection: AsyncConnection) -> bool:
 
 
 def upsert(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    """An insert that may go on with `on_conflict_do_update`, which both databases have and SQLAlchemy's own has not."""
+    """An insert with `on_conflict_do_update`: both databases have it, but SQLAlchemy's generic insert does not."""
     return postgresql.insert(table) if on_postgresql(connection) else sqlite.insert(table)
 
 
 async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[Row]) -> None:
     """Insert the rows, values in the order of the table's columns, in the connection's transaction.
 
-    A row whose key is there already fails the whole: `Views.writing` raises CorruptError then.
+    A key that exists already fails the whole insert: `Views.writing` then raises CorruptError.
     """
     if not rows:
         return
@@ -63,9 +63,9 @@ async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[
 
 
 async def copy_encoded(connection: AsyncConnection, table: Table, rows: Iterable[bytes]) -> None:
-    """Insert rows that are encoded already, all columns in their order, as PostgreSQL's binary `COPY` has them.
+    """Insert rows that are already encoded for PostgreSQL's binary `COPY`, with all columns in their order.
 
-    On PostgreSQL only. Rows are taken while they are sent. Otherwise as `insert_rows`.
+    Only on PostgreSQL. The iterable is consumed while rows are sent. Otherwise as `insert_rows`.
     """
     driver = await driver_of(connection)
     await driver.copy_to_table(table.name, source=_copy(rows), columns=table.columns.keys(), format="binary")
@@ -80,7 +80,7 @@ async def _copy(rows: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 
 async def update_rows(connection: AsyncConnection, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
-    """Set `columns` but the first, which is the key, to each row's values; a key that is not there changes nothing."""
+    """Set `columns` to each row's values. The first column is the key; a key that is not found changes nothing."""
     if not rows:
         return
     key, *changed = columns
@@ -98,7 +98,7 @@ async def update_rows(connection: AsyncConnection, columns: Sequence[Column[Any]
 
 
 async def delete_rows(connection: AsyncConnection, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
-    """Delete the rows whose `columns`, all of one table, have the values of one of `rows`."""
+    """Delete the table's rows whose `columns` have the values of one of `rows`. All columns are of one table."""
     if not rows:
         return
     name = columns[0].table.name
@@ -118,7 +118,7 @@ async def find_rows(
 ) -> list[Row]:
     """The values of `columns` in the rows whose first column, an identifier, is one of `keys`.
 
-    With `lock` nobody else changes these rows before the transaction ends; on SQLite a writer is alone anyway.
+    With `lock`, no other transaction can change these rows before this one ends. SQLite has only one writer anyway.
     """
     if not keys:
         return []
@@ -138,13 +138,13 @@ async def find_rows(
 
 
 def _given(columns: Sequence[Column[Any]]) -> str:
-    """On PostgreSQL the rows that come as one array a column: a table with the columns `v0`, `v1`, ..."""
+    """A table for PostgreSQL, with the columns `v0`, `v1`, ..., made of parameters: one array for each column."""
     arrays = ", ".join(f"${i}::{_type_name(column)}[]" for i, column in enumerate(columns, 1))
     return f"unnest({arrays}) AS given ({', '.join(f'v{i}' for i in range(len(columns)))})"
 
 
 def _as_sqlite(columns: Sequence[Column[Any]], rows: Iterable[Row]) -> list[Row]:
-    """As `Uuid` keeps identifiers on SQLite: 32 hex digits."""
+    """The rows with identifiers in the form that `Uuid` stores on SQLite: 32 hex digits."""
     identifiers = [isinstance(column.type, Uuid) for column in columns]
     return [
         tuple(v.hex if is_id and v is not None else v for v, is_id in zip(row, identifiers, strict=True))
@@ -153,7 +153,7 @@ def _as_sqlite(columns: Sequence[Column[Any]], rows: Iterable[Row]) -> list[Row]
 
 
 def _type_name(column: Column[Any]) -> str:
-    """PostgreSQL's name of the column's type. Raises TypeError for one that no view has yet."""
+    """PostgreSQL's name of the column's type. Raises TypeError for a type that no view uses yet."""
     for kind, name in _TYPES.items():
         if isinstance(column.type, kind):
             return name

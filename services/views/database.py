@@ -1,10 +1,10 @@
-"""The views' database: opening it, its layout, its two kinds of transactions, and what its errors mean.
+"""The views' database: how it is opened, its layout, its two kinds of transactions, and the meaning of its errors.
 
-SQLite runs in WAL mode: readers never wait for the one writer. Rows and checkpoint share a transaction, so after a
-crash folding goes on from whatever is there.
+SQLite runs in WAL mode, so readers never wait for the one writer. Rows and checkpoint are written in one transaction,
+so after a crash folding continues from whatever was committed.
 
-`database_errors` turns the drivers' errors into those of `artifact_store.errors`. No statement, parameter or URL gets
-into an error's text: they may hold secrets or a producer's data.
+`database_errors` turns the drivers' errors into those of `artifact_store.errors`. An error's text never contains a
+statement, parameter or URL, because they may hold secrets or a producer's data.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ from services.views.tables import (
 _BUSY_SECONDS = 10
 _CONNECT_SECONDS = 10
 _PROVEN_SECONDS = 1.0
-"""How long a connection counts as alive after it was used."""
+"""How long a connection counts as alive after its last use."""
 _STATEMENT_SECONDS = 300  # a frozen server must not hold a projector for ever
 MAX_PARKED = 100
-_MIGRATION_LOCK = 0x61727466  # any number, the same for every process of ours
+_MIGRATION_LOCK = 0x61727466  # an arbitrary number, the same in all our processes
 _LOST = -1
-"""The layout of a projection that lost a table, of its own or of what keeps account of it: the table is made anew, but
-empty beside others that are not.
+"""The layout of a projection that lost one of its tables, or the table of checkpoints or of parked packages.
+
+`migrate` creates the table again, but empty, so it no longer matches the others.
 """
 
 _READ_SECONDS = OPERATION_SECONDS.labels("views", "read")
@@ -67,33 +68,33 @@ _WRITE_FAILURES = OPERATION_FAILURES.labels("views", "write")
 
 
 class Views:
-    """One views database, opened from its URL. Connections are made when they are needed; `close` releases them."""
+    """One views database, opened from its URL. Connects on first use; `close` releases all connections."""
 
     def __init__(self, url: str, *, answer_seconds: float = 10.0) -> None:
-        """`sqlite+aiosqlite:///PATH` or `postgresql+asyncpg://…`. Does not connect; makes SQLite's folder.
+        """`url` is `sqlite+aiosqlite:///PATH` or `postgresql+asyncpg://…`. Does not connect; makes SQLite's folder.
 
-        `answer_seconds` bounds a short read, so that a database that hangs costs a request no more than that.
+        `answer_seconds` bounds a short read, so that a hanging database delays a request no longer than that.
 
-        Raises ConfigurationError: another kind of URL. The text never holds the URL, which may have a password in it.
+        Raises ConfigurationError for another kind of URL. Its text omits the URL, which may contain a password.
         """
         parsed = _parse(url)
         self.dialect = "sqlite" if parsed.drivername == "sqlite+aiosqlite" else "postgresql"
         self.engine = _open_sqlite(parsed) if self.dialect == "sqlite" else _open_postgresql(parsed)
         self.is_private = _is_private(parsed)
-        """Whether nobody between can read what is said: it is a file, this machine, or TLS."""
+        """Whether the connection cannot be overheard: it is a file, a server on this machine, or uses TLS."""
         self.max_parked = MAX_PARKED
         """How many packages one projection may park before it stops."""
         self._answer_seconds = answer_seconds
         self._writing = self.engine.execution_options(writes=True)
         self._single = self.engine
-        if self.dialect == "postgresql":  # on SQLite beginning a transaction asks nobody
+        if self.dialect == "postgresql":  # on SQLite, beginning a transaction takes no round trip
             self._single = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self.folding: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """One lock a projection: folds of one process wait for each other here instead of racing to the guard."""
+        """A lock for each projection: one process's folds wait here for each other instead of racing for the guard."""
 
     @property
     def connections_in_use(self) -> int:
-        """How many connections of this process are in use, of 15 at most."""
+        """How many connections this process is using; at most 15."""
         pool = self.engine.pool
         return pool.checkedout() if isinstance(pool, QueuePool) else 0
 
@@ -101,12 +102,12 @@ class Views:
     async def reading(
         self, *, snapshot: bool = False, long: bool = False, single: bool = False
     ) -> AsyncIterator[AsyncConnection]:
-        """A connection to read by. With `snapshot` all statements see one state of the database.
+        """A connection for reading. With `snapshot`, all statements see one state of the database.
 
-        Unless it is a `long` one, the block must end within the bound for answers. A block with a `single` statement,
-        whose result is read at once, needs no transaction: beginning and ending one would ask the database twice more.
+        Unless it is `long`, the block must end within `answer_seconds`. `single` promises one statement whose result
+        is read at once: it needs no transaction, which saves two round trips on PostgreSQL.
 
-        Raises UnavailableError, ConfigurationError (tables are missing), also for what is raised inside.
+        Raises UnavailableError, ConfigurationError (tables are missing), also for driver errors raised in the block.
         """
         timed = nullcontext() if long else _READ_SECONDS.time()
         counted = nullcontext() if long else _READ_FAILURES.count_exceptions()
@@ -119,28 +120,28 @@ class Views:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that commits on leaving, or rolls back on an error; the only writer on SQLite, waited for.
+        """A transaction that commits when the block ends, or rolls back on an error. On SQLite, it waits for its turn.
 
-        Raises UnavailableError (after which a commit may or may not have happened), CorruptError (a row that is there
-        already, or a value that no column takes), ConfigurationError (tables are missing).
+        Raises UnavailableError (after which the commit may or may not have happened), CorruptError (a row exists
+        already, or a value does not fit its column), ConfigurationError (tables are missing).
         """
         with database_errors(), _WRITE_SECONDS.time(), _WRITE_FAILURES.count_exceptions():
             async with self._writing.begin() as connection:
                 yield connection
 
     async def migrate(self) -> None:
-        """Create the tables and seeds that are missing. Safe to repeat, also by several processes at once.
+        """Create missing tables and seeds. Safe to repeat, also by several processes at once.
 
-        Raises TablesError when a projection's tables have another layout, or one of them was lost: they are then to be
-        folded again.
+        Raises TablesError when a projection's tables have another layout, or one of them was lost: the projection must
+        then be replayed.
         """
         for why in (await self.create_missing()).values():
             raise TablesError(why)
 
     async def create_missing(self) -> Mapping[str, str]:
-        """As `migrate`; instead of raising, returns which projections are to be folded again, by name, and why.
+        """As `migrate`, but instead of raising TablesError, return the projections to replay, by name, and why.
 
-        Raises ConfigurationError: the database cannot hold every text.
+        Raises ConfigurationError: the database's encoding cannot store every text.
         """
         if self.dialect == "sqlite":
             with database_errors():
@@ -151,7 +152,7 @@ class Views:
             return await _outdated(connection, PROJECTIONS.values())
 
     async def check(self) -> None:
-        """Return if the database can be reached and its tables are those of this version.
+        """Return if the database can be reached and its tables have this version's layout.
 
         Raises UnavailableError, ConfigurationError.
         """
@@ -164,20 +165,20 @@ class Views:
         await self.engine.dispose()
 
     async def _create(self, connection: AsyncConnection) -> None:
-        if self.dialect == "postgresql":  # two that create one table at once would collide in the catalogue
+        if self.dialect == "postgresql":  # two processes that create one table at once collide in the catalogue
             await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
         missing = await connection.run_sync(_missing_tables)
         await connection.run_sync(metadata.create_all)
-        # A view's own tables never change: they are folded again.
+        # A view's own tables never get new columns: another layout is folded again from the log.
         await connection.run_sync(add_missing_columns, [projection_checkpoints])
         table = projection_generations.c
         known = {row.projection: row for row in await connection.execute(select(projection_generations))}
         progress = missing & {projection_checkpoints, parked_packages}
-        if progress:  # what was built has lost its own too
+        if progress:  # builds have lost their checkpoints or marks too
             await connection.execute(delete(projection_builds))
         for name, projection in PROJECTIONS.items():
             row, lost = known.get(name), progress or missing.intersection(projection.tables)
-            # Of another layout it is refused anyway, and one that has folded nothing misses nothing.
+            # A projection with another layout is refused anyway, and one that has folded nothing has lost nothing.
             if lost and row is not None and row.layout == projection.layout and row.log is not None:
                 await connection.execute(
                     update(projection_generations).where(table.projection == name).values(layout=_LOST)
@@ -198,13 +199,13 @@ class Views:
 
 
 async def _require_utf8(connection: AsyncConnection) -> None:
-    """Raise ConfigurationError for a database of PostgreSQL's that holds the characters of some languages alone."""
+    """Raise ConfigurationError for a PostgreSQL database whose encoding cannot store every character."""
     if not on_postgresql(connection):
         return
     encoding = (await connection.execute(text("SHOW server_encoding"))).scalar_one()
-    if encoding not in ("UTF8", "SQL_ASCII"):  # the second keeps bytes as they come, and ours are UTF-8
+    if encoding not in ("UTF8", "SQL_ASCII"):  # SQL_ASCII stores bytes as they are, and ours are UTF-8
         raise ConfigurationError(
-            f"the views database has the encoding {encoding}, which does not hold every text: make another, by "
+            f"the views database has the encoding {encoding}, which cannot store every text: create another with "
             "`CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0`, and name it in ARTIFACT_STORE_VIEWS_URL"
         )
 
@@ -225,13 +226,13 @@ def add_missing_columns(connection: Connection, tables: Iterable[Table]) -> None
 
 
 async def check_layouts(connection: AsyncConnection, projections: Iterable[Projection]) -> None:
-    """Raise TablesError unless the tables of these projections are there, in this version's layout."""
+    """Raise TablesError unless the tables of these projections exist in this version's layout."""
     for why in (await _outdated(connection, projections)).values():
         raise TablesError(why)
 
 
 async def _outdated(connection: AsyncConnection, projections: Iterable[Projection]) -> dict[str, str]:
-    """Which of these projections cannot be used as their tables are, by name; why, and what mends it."""
+    """The projections whose tables cannot be used as they are, by name: the reason, and what mends it."""
     found = {row.projection: row.layout for row in await connection.execute(select(projection_generations))}
     outdated: dict[str, str] = {}
     for name, layout in ((projection.name, projection.layout) for projection in projections):
@@ -246,7 +247,7 @@ async def _outdated(connection: AsyncConnection, projections: Iterable[Projectio
 
 
 async def _seed(connection: AsyncConnection) -> None:
-    """Bring the retention classes to what this version knows; writes nothing when they are so already."""
+    """Make the seeded retention classes those of this version; writes nothing if they are already."""
     columns = [retention_classes.c[name] for name in ("name", "days", "immutable", "description")]
     wanted = {(c.name, c.days, c.immutable, c.description) for c in RETENTION_CLASSES}
     if {tuple(row) for row in await connection.execute(select(*columns))} != wanted:
@@ -258,7 +259,7 @@ async def _seed(connection: AsyncConnection) -> None:
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # a port that is no number, which may well be a piece of the password
+    except (ArgumentError, ValueError):  # such as a port that is not a number, and may be part of the password
         parsed = None
     if parsed is None or parsed.drivername not in ("sqlite+aiosqlite", "postgresql+asyncpg"):
         raise ConfigurationError(
@@ -270,7 +271,7 @@ def _parse(url: str) -> URL:
 
 
 def _engine(url: URL, **options: Any) -> AsyncEngine:
-    """An engine that says what of the URL its driver cannot use: some of it here, the rest when it connects."""
+    """Create an engine. Raises ConfigurationError for a URL that the driver cannot use, here or when it connects."""
     try:
         engine = create_async_engine(url, hide_parameters=True, **options)
     except (ArgumentError, TypeError, ValueError):
@@ -282,12 +283,12 @@ def _engine(url: URL, **options: Any) -> AsyncEngine:
 def _connect(dialect: Dialect, _record: object, arguments: tuple[Any, ...], parameters: dict[str, Any]) -> Any:
     try:
         return dialect.connect(*arguments, **parameters)
-    except OSError:  # of a certificate that is not trusted, too, whose error is a ValueError as well
+    except OSError:  # also for an untrusted certificate, whose error is a ValueError as well
         raise
     except (TypeError, ValueError, OverflowError):
         raise _unusable() from None
     except dialect.loaded_dbapi.Error as error:
-        if isinstance(error.__cause__, ClientConfigurationError):  # what it takes, or which file; never a secret
+        if isinstance(error.__cause__, ClientConfigurationError):  # names accepted values, or a file; never a secret
             raise _unusable(f" ({str(error.__cause__).splitlines()[0]})") from None
         raise
 
@@ -301,7 +302,7 @@ def _unusable(why: str = "") -> ConfigurationError:
 
 def _open_sqlite(url: URL) -> AsyncEngine:
     try:
-        make_folder(Path(str(url.database)).parent)  # durably: blobs and log may come to lie in it
+        make_folder(Path(str(url.database)).parent)  # durably, because blobs and log may later lie in it
     except OSError as error:
         raise ConfigurationError(f"the folder of the views file cannot be made: {error.strerror}") from error
     engine = _engine(url, connect_args={"timeout": _BUSY_SECONDS, "async_creator_fn": connect})
@@ -311,9 +312,9 @@ def _open_sqlite(url: URL) -> AsyncEngine:
 
 
 def _write_ahead(path: Path) -> None:
-    """Put the file into WAL mode, which lasts as long as the file; blocks.
+    """Put the file into WAL mode, which lasts as long as the file. Blocks.
 
-    Two connections that change the mode at once do not wait for each other, SQLite refuses one: hence the lock.
+    The lock is needed because two connections that change the mode at once do not wait: SQLite refuses one of them.
     """
     lock = FileLock(path.with_name(path.name + ".lock"))
     if not lock.take(_BUSY_SECONDS):
@@ -327,9 +328,10 @@ def _write_ahead(path: Path) -> None:
 
 
 def _refuse_foreign(path: Path, connection: Any) -> None:
-    """Raise ConfigurationError for a file with an application id, as the log of record has one: views have none.
+    """Raise ConfigurationError for a file with an application id: the log of record has one, views have none.
 
-    They would write and checkpoint beside the log's lock, and whoever makes damaged views anew would remove the log.
+    Views would write and checkpoint in the log's file without its lock, and replacing damaged views would remove the
+    log.
     """
     cursor = connection.cursor()
     cursor.execute("PRAGMA application_id")
@@ -343,7 +345,7 @@ def _refuse_foreign(path: Path, connection: Any) -> None:
 
 
 def _prepare_sqlite(path: Path, connection: Any, _record: object) -> None:
-    """Take transactions away from the driver (it would begin them late), and set what lasts as long as a connection."""
+    """Stop the driver from beginning transactions (it begins them late), and set the connection's pragmas."""
     _refuse_foreign(path, connection)
     connection.isolation_level = None
     cursor = connection.cursor()
@@ -353,17 +355,17 @@ def _prepare_sqlite(path: Path, connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Writers take the lock at once: a reader that turned writer could find that its snapshot is out of date."""
+    """Begin a transaction. Writers lock at once: a reader that becomes a writer may have an outdated snapshot."""
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 _NO_TLS = frozenset({"disable", "allow", "prefer"})
-"""Values of `ssl` by which asyncpg goes on without TLS when the server, or somebody between, has none."""
+"""Values of `ssl` with which asyncpg connects without TLS if the server, or a man in the middle, offers none."""
 
 
 def _is_local(url: URL) -> bool:
-    """Whether the database is asked through a socket or on loopback. asyncpg takes hosts of `PGHOST` as well."""
+    """Whether the database is reached through a Unix socket or loopback. asyncpg also reads hosts from `PGHOST`."""
     given = url.query.get("host", url.host or os.environ.get("PGHOST", ""))
     hosts = [host for text in ([given] if isinstance(given, str) else given) for host in str(text).split(",")]
     names = [host.rpartition(":")[0] if host.count(":") == 1 else host.strip("[]") for host in hosts]
@@ -375,7 +377,7 @@ def _is_private(url: URL) -> bool:
 
 
 def _open_postgresql(url: URL) -> AsyncEngine:
-    # Without `ssl` in the URL asyncpg would ask for TLS and go on without it when it gets none.
+    # Without `ssl` in the URL, asyncpg would prefer TLS but connect without it if the server has none.
     secure = {} if "ssl" in url.query or _is_local(url) else {"ssl": ssl.create_default_context()}
     engine = _engine(
         url,
@@ -394,14 +396,14 @@ def _open_postgresql(url: URL) -> AsyncEngine:
 
 
 def _replace_lost(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
-    """Replace a connection that was lost, so that no request fails because the database was restarted.
+    """Replace a lost connection, so that no request fails because the database was restarted.
 
-    A server that ends a connection says so. Only where none may have said it, because the connection was not used for a
-    while, the server is asked, as `pool_pre_ping` asks it each time: that takes three answers.
+    A server that closes a connection normally tells the client. A connection that was not used for a while may have
+    been lost without that, so it is pinged. `pool_pre_ping` would ping it at every checkout, in three round trips.
     """
     now = time.monotonic()
     last, record.info["used"] = record.info.get("used"), now
-    if last is None:  # it was made just now
+    if last is None:  # it was opened just now
         return
     if not connection.driver_connection.is_closed():
         if now < last + _PROVEN_SECONDS:
@@ -417,17 +419,17 @@ def _replace_lost(dialect: Dialect, connection: Any, record: ConnectionPoolEntry
 
 
 class DamagedDatabaseError(CorruptError):
-    """The file is damaged, or is no views database: no event is to blame, and nothing can be written."""
+    """The file is damaged, or not an SQLite database. The events are not the cause, and nothing can be written."""
 
     problem = "damaged-database"
 
 
 class TablesError(ConfigurationError):
-    """Tables are missing, of another layout, or lost: `migrate` or a replay mends that while everything runs."""
+    """Tables are missing, lost, or have another layout. `migrate` or a replay mends that while everything runs."""
 
 
 class LockedError(UnavailableError):
-    """Others held a lock for longer than was to be waited; nothing was changed. Try again."""
+    """Waiting for a lock took too long; nothing was changed. Try again."""
 
 
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -438,10 +440,10 @@ _MIGRATED = (
     "3F",
     "42P01",
     "42703",
-)  # schemas, tables and columns; the database itself and its users are not ours to make
+)  # schemas, tables and columns; `migrate` does not create the database itself or its users
 _DEPENDED_ON = "2BP01"
 _LOCKED = "55P03"
-_CORRUPT = ("22", "23", "54000")  # the last: a text that is too long for an index
+_CORRUPT = ("22", "23", "54000")  # 54000: a text that is too long for an index
 _UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "57", "58")
 
 _SQLITE_UNAVAILABLE = {
@@ -455,15 +457,15 @@ _SQLITE_UNAVAILABLE = {
 _SQLITE_CORRUPT = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG}
 _SQLITE_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
-_MIGRATE = "`artifact-store migrate` creates what is missing, and names what is to be replayed then"
+_MIGRATE = "`artifact-store migrate` creates what is missing, and names the views that must then be replayed"
 _SETTING = "check the database, the user and its rights in ARTIFACT_STORE_VIEWS_URL"
 
 
 @contextmanager
 def database_errors() -> Iterator[None]:
-    """Raise UnavailableError, CorruptError or ConfigurationError in place of what the drivers raise.
+    """Replace the drivers' errors by UnavailableError, CorruptError or ConfigurationError.
 
-    An error that says nothing about the database's state is a mistake in this program and passes unchanged.
+    An error that says nothing about the database's state is a bug in this program and passes unchanged.
     """
     try:
         yield
@@ -472,7 +474,7 @@ def database_errors() -> Iterator[None]:
     except PoolTimeoutError as error:
         raise UnavailableError("the views database: every connection is in use") from error
     except (*_DRIVER, DBAPIError, sqlite3.Error, OSError, TimeoutError, OverflowError) as error:
-        # `from None`: SQLAlchemy's own text shows statement and parameters.
+        # `from None`, because SQLAlchemy's text shows statement and parameters.
         meaning = _meaning(error)
         if meaning is None:
             raise
@@ -480,7 +482,7 @@ def database_errors() -> Iterator[None]:
 
 
 def _meaning(error: BaseException) -> ArtifactStoreError | None:
-    if isinstance(error, OverflowError):  # what the drivers say of a number that no column takes
+    if isinstance(error, OverflowError):  # the drivers raise it for a number that no column can hold
         return CorruptError("the views cannot take this: a number has more than 64 bits")
     if isinstance(error, sqlite3.Error):
         return _of_sqlite(error)
@@ -492,12 +494,12 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
     else:
         invalidated, cause = False, error
     if isinstance(cause, TimeoutError):
-        return UnavailableError("the views database gives no answer in time")
+        return UnavailableError("the views database gave no answer in time")
     state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or ""
     text = _first_line(cause)
     if state == _DEPENDED_ON:
         return ConfigurationError(
-            f"the views database: {text}; drop what depends on it, and make that anew behind this"
+            f"the views database: {text}; drop what depends on it, and create it again afterwards"
         )
     if state == _LOCKED:
         return LockedError(f"the views database: {text}")
@@ -509,8 +511,8 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
         return CorruptError(f"the views cannot take this: {text}")
     if state.startswith(_UNAVAILABLE) or invalidated or isinstance(cause, OSError):
         return UnavailableError(f"the views database cannot be reached: {text}")
-    # The driver's own errors about a connection carry no state. One that breaks between two steps of a COPY is taken
-    # for busy ("another operation is in progress"), in that step and in the rollback that follows.
+    # The driver's own errors about a connection have no SQLSTATE. If a connection breaks between two steps of a COPY,
+    # the driver reports "another operation is in progress", in that step and in the rollback that follows.
     if not state and any(sign in text.lower() for sign in ("connection", "another operation")):
         return UnavailableError(f"the views database cannot be reached: {text}")
     return None
@@ -523,8 +525,8 @@ def _of_sqlite(error: sqlite3.Error) -> ArtifactStoreError | None:
         return UnavailableError(f"the views database cannot be used now: {text}")
     if code in _SQLITE_DAMAGED:
         return DamagedDatabaseError(
-            f"the views database is damaged: {text}; end what uses the file, set it aside, and "
-            "`artifact-store migrate` makes another, into which everything is folded again"
+            f"the views database is damaged: {text}; stop what uses the file, and move it away. "
+            "`artifact-store migrate` then creates a new one, into which everything is folded again"
         )
     if code in _SQLITE_CORRUPT:
         return CorruptError(f"the views cannot take this: {text}")
@@ -534,7 +536,7 @@ def _of_sqlite(error: sqlite3.Error) -> ArtifactStoreError | None:
 
 
 def _first_line(error: BaseException) -> str:
-    """What the driver says in one line; for a connection refused that is an address and never a password."""
+    """The first line of the driver's text. For a refused connection it has the address, never a password."""
     lines = str(error).splitlines()
     # The dialect puts the driver's class before the message: "<class '…'>: message".
     said = lines[0].rpartition("'>: ")[2] if lines else ""
@@ -542,19 +544,19 @@ def _first_line(error: BaseException) -> str:
 
 
 class SqliteConnection(aiosqlite.Connection):
-    """A connection whose thread is told to stop once.
+    """A connection whose thread is told to stop only once.
 
-    A task that is cancelled a second time while its connection is being closed stops it at once, beside the closing
-    that is under way. aiosqlite (0.22.1) then waits for an answer of a thread that has ended, for ever, and so does the
-    end of the event loop.
+    If a task is cancelled a second time while its connection is being closed, the connection is also stopped, while
+    the closing is still under way. aiosqlite (0.22.1) then waits for ever for an answer from a thread that has ended,
+    and so does the end of the event loop.
     """
 
     def stop(self) -> asyncio.Future[Any] | None:
-        """Stop the thread, which closes the file; nothing happens when it was told before. Returns at once."""
+        """Stop the thread, which closes the file. Does nothing if it was told before. Returns at once."""
         return super().stop() if self._running else None
 
     async def close(self) -> None:
-        """Close the file and wait until that is done, unless the thread was told to stop before."""
+        """Close the file and wait until it is closed, unless the thread was told to stop before."""
         if self._running:
             await super().close()
 
@@ -562,8 +564,8 @@ class SqliteConnection(aiosqlite.Connection):
 class _RollingBack(sqlite3.Connection):
     """A connection whose transaction ends when it is closed.
 
-    SQLite keeps a closed connection with its transaction and locks until the last of its statements is finalized. The
-    cursor of a task that was cancelled is part of a cycle with the traceback, and so lives until the next collection.
+    SQLite keeps a closed connection, with its transaction and locks, until the last of its statements is finalized. The
+    cursor of a cancelled task is in a reference cycle with the traceback, so it lives until garbage is collected.
     """
 
     def close(self) -> None:
@@ -574,7 +576,7 @@ class _RollingBack(sqlite3.Connection):
 
 
 def connect(path: str, **options: Any) -> SqliteConnection:
-    """A connection to open by awaiting it, with the options of `sqlite3.connect`."""
+    """A connection with the options of `sqlite3.connect`. Await it to open it."""
     made = SqliteConnection(lambda: sqlite3.connect(path, factory=_RollingBack, **options), iter_chunk_size=64)
-    made._thread.daemon = True  # as SQLAlchemy has it: a connection that was never closed must not hold the process
+    made._thread.daemon = True  # as in SQLAlchemy: a connection that was never closed must not keep the process alive
     return made

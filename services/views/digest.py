@@ -1,9 +1,9 @@
 """The digest of a view: BLAKE3 over a canonical dump of its tables, the same on every database.
 
 The dump is a sequence of canonical CBOR items (RFC 8949 §4.2): for each table, in the projection's order, the map
-{"table": name, "columns": [name, …]}, then for each row, by the bytes of its primary key, the array of its values.
-Identifiers and digests are byte strings, texts are texts, times and counts integers, absent values null. Checkpoints,
-generations and seeds stand outside.
+{"table": name, "columns": [name, …]}, then the array of values of each row, sorted by the bytes of the primary key.
+Identifiers and digests are byte strings, texts are text strings, times and counts are integers, absent values are null.
+Checkpoints, generations and seeds are not included.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True, slots=True)
 class ViewDigest:
-    """A view's digest, the number of rows it covers, and the view's position (None: it has folded nothing)."""
+    """A view's digest, the number of rows it covers, and the view's position (None if it has folded nothing)."""
 
     projection: str
     digest: ContentAddress
@@ -41,7 +41,7 @@ class ViewDigest:
 
 
 async def digest_view(views: Views, projection: Projection) -> ViewDigest:
-    """Digest the view as it stands, in one snapshot and constant memory. Raises UnavailableError."""
+    """Digest the live view, in one snapshot and constant memory. Raises UnavailableError."""
     tables = live_tables(projection)
     async with views.reading(snapshot=True, long=True) as connection:
         await keep_tables(connection, tables)
@@ -49,9 +49,9 @@ async def digest_view(views: Views, projection: Projection) -> ViewDigest:
 
 
 async def keep_tables(connection: AsyncConnection, tables: Tables) -> None:
-    """Let nobody empty or drop the tables before the transaction ends; call it before the snapshot's first query.
+    """Prevent others from emptying or dropping the tables until the transaction ends. Call it before any query.
 
-    A TRUNCATE of PostgreSQL's is seen by older snapshots too.
+    On PostgreSQL, a TRUNCATE is visible to older snapshots too.
     """
     if on_postgresql(connection):
         names = ", ".join(table.name for table in tables.values())
@@ -61,7 +61,7 @@ async def keep_tables(connection: AsyncConnection, tables: Tables) -> None:
 async def digest_tables(
     connection: AsyncConnection, projection: Projection, tables: Tables, position: Position | None
 ) -> ViewDigest:
-    """Digest one build of the projection's tables in the connection's snapshot, in which it stands at `position`."""
+    """Digest one generation of the projection's tables, as the connection's snapshot shows it at `position`."""
     hasher = blake3()
     rows = 0
     await take_long(connection)
@@ -74,7 +74,7 @@ async def digest_tables(
 
 
 async def _dump(connection: AsyncConnection, table: Table) -> AsyncIterator[list[bytes]]:
-    """The rows of a table in canonical form, some at a time."""
+    """The rows of a table in canonical form, in lists of many."""
     query = select(table).order_by(*table.primary_key.columns)
     identifiers = [i for i, column in enumerate(table.columns) if isinstance(column.type, Uuid)]
     binaries = [i for i, column in enumerate(table.columns) if isinstance(column.type, LargeBinary)]
@@ -89,7 +89,7 @@ async def _rows(connection: AsyncConnection, query: Select[Any]) -> AsyncGenerat
             async for part in result.partitions():
                 yield part
         return
-    driver = await driver_of(connection)  # its own cursor, for its time-out: the first rows may come after a long sort
+    driver = await driver_of(connection)  # its cursor takes a time-out: the first rows may come after a long sort
     cursor = await driver.cursor(str(query.compile(dialect=connection.dialect)), timeout=LONG_SECONDS)
     while rows := await cursor.fetch(_ROWS_AT_ONCE, timeout=LONG_SECONDS):
         yield rows

@@ -1,4 +1,4 @@
-"""Questions about single files, of which those that wait at the same time are put to the database together."""
+"""Lookups of single files by id. Those that wait at the same time are sent to the database in one query."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from uuid import UUID
 
 _MOST = 500
-"""Most files of one question."""
+"""The most ids in one query."""
 
 Key = TypeVar("Key")
 Found = TypeVar("Found")
@@ -17,38 +17,38 @@ Found = TypeVar("Found")
 
 @dataclass(slots=True)
 class _Lane(Generic[Found]):
-    """Those who wait for answers of one kind."""
+    """The callers that wait for answers of one kind, by id."""
 
     waiting: dict[UUID, list[asyncio.Future[Found | None]]] = field(default_factory=dict)
     busy: bool = False
-    """Whether a question is under way, or about to be sent."""
+    """Whether a query is running or about to be sent."""
 
 
 class Lookups(Generic[Key, Found]):
     """Finds things by id. Belongs to one event loop.
 
-    A question is never answered by what the database said before it was asked.
+    A call of `find` never gets the result of a query that was sent before the call.
     """
 
     def __init__(self, ask: Callable[[Key, Set[UUID]], Awaitable[Mapping[UUID, Found]]]) -> None:
-        """`ask` answers many questions of one kind; the kinds are told apart by a key."""
+        """`ask` finds many ids of one kind in one query. A key says which kind."""
         self._ask = ask
         self._lanes: dict[Key, _Lane[Found]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def find(self, key: Key, wanted: UUID) -> Found | None:
-        """What there is under this id, None if there is nothing. Raises what asking raises."""
+        """The thing with this id, or None. Raises whatever `ask` raises."""
         loop = asyncio.get_running_loop()
         place: asyncio.Future[Found | None] = loop.create_future()
         lane = self._lanes.setdefault(key, _Lane())
         lane.waiting.setdefault(wanted, []).append(place)
         if not lane.busy:
             lane.busy = True
-            loop.call_soon(self._send, key, lane)  # after all that is ready now
+            loop.call_soon(self._send, key, lane)  # after the callbacks that are ready now
         return await place
 
     def _send(self, key: Key, lane: _Lane[Found]) -> None:
-        """Ask for all who wait, if any. One question is under way at a time: many files cost little more than one."""
+        """Send a query for all ids that are waited for, if any. Only one runs at a time: many ids cost little more."""
         if not lane.waiting:
             del self._lanes[key]
             return
@@ -61,7 +61,7 @@ class Lookups(Generic[Key, Found]):
     async def _answer(
         self, key: Key, lane: _Lane[Found], asked: Mapping[UUID, list[asyncio.Future[Found | None]]]
     ) -> None:
-        """A task of its own: one who leaves takes nothing from the others."""
+        """Run the query and give out its results. Runs as a task, so that a cancelled caller does not affect others."""
         try:
             found = await self._ask(key, asked.keys())
         except BaseException as error:
@@ -75,7 +75,7 @@ class Lookups(Generic[Key, Found]):
         else:
             for wanted, places in asked.items():
                 for place in places:
-                    if not place.done():  # otherwise its caller left
+                    if not place.done():  # otherwise its caller was cancelled
                         place.set_result(found.get(wanted))
         finally:
             self._send(key, lane)

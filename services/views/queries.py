@@ -1,4 +1,4 @@
-"""Reading the views: packages, files, locations, manifests, retention, and where a view stands in the log."""
+"""Queries on the views: packages, files, locations, manifests, retention, usage, and a view's position in the log."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ from services.views.tables import (
 )
 
 PAGE_BYTES = 1 << 20
-"""Most metadata on one page: a thousand packages with all they may hold would be 64 MiB, and ten times that parsed."""
+"""The most metadata on one page. A thousand packages at their limit would be 64 MiB, and ten times that when parsed."""
 
 _ROWS_AT_ONCE = 50
 
 NEWEST_PACKAGES = 200
-"""In so many of a reader's newest packages it is looked whether they may know of some bytes."""
+"""How many of a reader's newest packages are searched for bytes that the reader may know of."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedFile:
-    """A file and where its bytes lie: `size_bytes` from `offset` of `key`; `blake3` is its own (32 raw bytes)."""
+    """A file and where its bytes lie: `size_bytes` at `offset` in `key`. `blake3` is the file's digest (32 bytes)."""
 
     file_id: UUID
     relative_path: str
@@ -83,7 +83,7 @@ class PlacedFile:
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file's metadata, and where its bytes lie: keys and offsets, in the order of the locations' ids."""
+    """A file's metadata and the places of its bytes: pairs of key and offset, in the order of the locations' ids."""
 
     file: File
     places: tuple[tuple[str, int], ...]
@@ -100,9 +100,9 @@ class ManifestLocation:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How long a package is kept: `retention_days` after `counted_from`; None in either form means for ever.
+    """How long a package is kept: for `retention_days` after `counted_from`, that is until `retain_until`.
 
-    Times in µs since 1970, UTC.
+    None as days or end means for ever. Times are µs since 1970, UTC.
     """
 
     package_id: UUID
@@ -113,7 +113,7 @@ class Retention:
 
 
 class Origin(NamedTuple):
-    """What a package was created as, as far as rights and filters of events go by it."""
+    """The properties of a package at its creation that rights and event filters are matched against."""
 
     producer: str
     subject: str
@@ -121,15 +121,15 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, created: PackageCreated) -> Self:
-        """That of the package that this event created."""
+        """The origin of the package that this event created."""
         return cls(created.producer, created.subject, created.retention_class)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the registry view is: its position, and of some packages the last event that it has and what is parked.
+    """The progress of the registry view: its position, and of some packages the last sequence and the origin.
 
-    A package that the view does not know is absent.
+    `parked` has all parked packages. A package that the view does not know is absent.
     """
 
     position: Position | None
@@ -144,7 +144,7 @@ _FOUND_FILES = (
     .order_by(artifact_files.c.id, storage_locations.c.id)
 )
 _FOUND_FILES_ON = {
-    # An array is one parameter, so that PostgreSQL sees one statement for any number of files.
+    # An array is one parameter, so the statement is the same for any number of files.
     "postgresql": _FOUND_FILES.where(artifact_files.c.id == any_(bindparam("ids", type_=postgresql.ARRAY(Uuid)))),
     "sqlite": _FOUND_FILES.where(artifact_files.c.id.in_(bindparam("ids", expanding=True))),
 }
@@ -152,11 +152,11 @@ _FOUND_FILES_ON = {
 
 
 class Queries:
-    """Questions to the views. What is not there is None or an empty page; each call is one short transaction.
+    """Queries on the views. Missing things are None or an empty page. Each call is a short read.
 
-    What lies outside `scope` is not there either: the database itself leaves it out.
+    Anything outside `scope` counts as missing: the database itself leaves it out.
 
-    Every method may raise UnavailableError, and ConfigurationError when tables are missing.
+    Every method may raise UnavailableError, and ConfigurationError if tables are missing.
     """
 
     def __init__(self, views: Views, scope: Scope = EVERYWHERE) -> None:
@@ -165,22 +165,22 @@ class Queries:
         self._lookups = Lookups[Scope, FoundFile](lambda scope, wanted: self.within(scope)._found_files(wanted))
 
     def within(self, scope: Scope) -> Queries:
-        """The same questions, about the packages of this scope alone."""
+        """The same queries, limited to the packages of this scope."""
         found = copy.copy(self)
         found._scope = scope
         return found
 
     async def package(self, package_id: UUID) -> Package | None:
-        """The package of this id."""
+        """The package with this id."""
         async with self._views.reading() as connection:
             query = select(artifact_packages).where(artifact_packages.c.id == package_id)
             row = (await connection.execute(query.where(*self._visible()))).one_or_none()
             return None if row is None else _package(row, await _marks(connection, package_id))
 
     async def parked(self, package_id: UUID) -> Parked | None:
-        """Where the registry view stopped following the package; None when it follows.
+        """Where the registry view stopped following the package, or None if it follows it.
 
-        A package that the view does not know at all is within the scope EVERYWHERE alone.
+        A package that the view does not know at all is only found with the scope EVERYWHERE.
         """
         async with self._views.reading() as connection:
             if visible := self._visible():
@@ -192,9 +192,9 @@ class Queries:
     async def packages(
         self, where: PackageFilter | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
     ) -> Page[Package]:
-        """Packages, newest first. A package is on one page at most, whatever is created between the pages.
+        """Packages, newest first. Each is on one page at most, whatever is created between the calls.
 
-        A page ends before `limit` when the metadata on it would take more than PAGE_BYTES, one package alone excepted.
+        A page ends before `limit` if its metadata would exceed PAGE_BYTES, but it has at least one package.
 
         Raises InvalidRequestError: a bad cursor, limit or filter.
         """
@@ -215,7 +215,7 @@ class Queries:
         return Page(tuple(_package(row, marks) for row in rows), following)
 
     async def files(self, package_id: UUID, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[File]:
-        """The package's files by the UTF-8 bytes of their paths; an empty page when the package is not known.
+        """The package's files, sorted by the UTF-8 bytes of their paths; an empty page for an unknown package.
 
         Raises InvalidRequestError: a bad cursor or limit.
         """
@@ -229,7 +229,7 @@ class Queries:
         return Page(tuple(_file(row) for row in rows), write_cursor("files", rows[-1].relative_path) if more else None)
 
     async def found_file(self, file_id: UUID) -> FoundFile | None:
-        """The file of this id and where its bytes lie. Callers at the same time share a transaction."""
+        """The file with this id and where its bytes lie. Concurrent callers share a query."""
         return await self._lookups.find(self._scope, file_id)
 
     async def _found_files(self, file_ids: Set[UUID]) -> dict[UUID, FoundFile]:
@@ -242,7 +242,7 @@ class Queries:
         return found
 
     async def file_at(self, package_id: UUID, relative_path: str) -> File | None:
-        """The package's file of this path. Raises InvalidPathError, naming the rule that the path breaks."""
+        """The package's file with this path. Raises InvalidPathError, which names the rule that the path breaks."""
         check_path(relative_path)
         table = artifact_files.c
         query = select(artifact_files).where(table.package_id == package_id, table.relative_path == relative_path)
@@ -252,9 +252,9 @@ class Queries:
     async def placed_files(
         self, package_id: UUID, after: str = "", largest: int | None = None, limit: int = MAX_PAGE
     ) -> tuple[PlacedFile, ...]:
-        """The package's files behind the path `after`, of at most `largest` bytes, each with one of its locations.
+        """The package's files after the path `after`, of at most `largest` bytes, each with one of its locations.
 
-        By the UTF-8 bytes of their paths, `limit` at most.
+        Sorted by the UTF-8 bytes of their paths, at most `limit`.
         """
         files, places = artifact_files.c, storage_locations.c
         query = (
@@ -268,7 +268,7 @@ class Queries:
             query = query.where(files.size_bytes <= largest)
         async with self._views.reading() as connection:
             rows = (await connection.execute(query)).all()
-        first = {row.id: row for row in reversed(rows)}  # a file has one location, as long as nothing moves blobs
+        first = {row.id: row for row in reversed(rows)}  # a file has one location as long as blobs are never moved
         return tuple(
             PlacedFile(row.id, row.relative_path, row.media_type, row.size_bytes, row.blake3, row.key, row.offset)
             for row in rows
@@ -276,14 +276,14 @@ class Queries:
         )
 
     async def manifest(self, package_id: UUID) -> ManifestLocation | None:
-        """Where the manifest of a finalized package is; None for one that is open or not known."""
+        """Where the manifest of a finalized package is; None for an open or unknown package."""
         table = artifact_manifests.c
         query = select(artifact_manifests).where(table.package_id == package_id, *self._visible(table.package_id))
         row = await self._one(query)
         return ManifestLocation(ContentAddress(row.digest), row.manifest, row.manifest_key) if row else None
 
     async def retention(self, package_id: UUID) -> Retention | None:
-        """How long the package is kept, as far as the retention view has come."""
+        """How long the package is kept, according to the retention view."""
         table = retention_state.c
         query = select(retention_state).where(table.package_id == package_id, *self._visible(table.package_id))
         row = await self._one(query)
@@ -298,9 +298,9 @@ class Queries:
         limit: int = DEFAULT_PAGE,
         cursor: str | None = None,
     ) -> Page[UsageTotal]:
-        """What came in, by producer, retention class and day, as far as the usage view has come.
+        """Totals of ingested packages, files and bytes by producer, retention class and day, from the usage view.
 
-        Totals are not kept by subject: a producer's are there where all of its packages are within the scope.
+        Totals are not kept by subject, so a producer's totals are included only if all its packages are in the scope.
 
         Raises InvalidRequestError: a bad cursor, limit or filter.
         """
@@ -321,11 +321,11 @@ class Queries:
         return Page(tuple(_usage(row) for row in rows), following)
 
     async def origins(self, package_ids: Set[UUID]) -> dict[UUID, Origin]:
-        """The origins of those of these packages that the view knows."""
+        """The origins of these packages, as far as the view knows them."""
         return dict((await self.progress(package_ids)).origins)
 
     async def readable_blobs(self, digests: Set[bytes]) -> frozenset[bytes]:
-        """Those of these blobs (BLAKE3) in which a file of the reader's newest packages lies."""
+        """The blobs among these (BLAKE3 digests) that hold a file of the reader's newest packages."""
         by_key = {content_key(digest): digest for digest in digests}
         files, places = artifact_files.c, storage_locations.c
         query = select(places.key).join(artifact_files, files.id == places.artifact_file_id)
@@ -333,18 +333,18 @@ class Queries:
         return frozenset(by_key[row.key] for row in found)
 
     async def readable_files(self, digests: Set[bytes]) -> frozenset[bytes]:
-        """Those of these digests (BLAKE3) that a file of the reader's newest packages has."""
+        """The digests among these (BLAKE3) that belong to a file of the reader's newest packages."""
         table = artifact_files.c
         query = select(table.blake3).where(table.package_id.in_(self._newest()), table.blake3.in_(digests)).distinct()
         return frozenset(row.blake3 for row in await self._all(query))
 
     async def progress(self, package_ids: Set[UUID]) -> Progress:
-        """How far the registry view is, and with these packages, whether they are within the scope or not."""
+        """The progress of the registry view, with these packages, whether or not they are in the scope."""
         table = artifact_packages.c
         sequences: dict[UUID, int] = {}
         origins: dict[UUID, Origin] = {}
         async with self._views.reading() as connection:
-            # The position first: the rows are then of there or later.
+            # Read the position first, so that the rows are at that position or later.
             position = await read_position(connection, projection_named("registry"))
             wanted = sorted(package_ids)
             for first in range(0, len(wanted), MAX_PAGE):
@@ -358,13 +358,13 @@ class Queries:
             return Progress(position, sequences, await _marks(connection), origins)
 
     async def checkpoint(self, projection: str) -> Position | None:
-        """Where the view stands; None before it has folded from any log. Raises InvalidRequestError: no such view."""
+        """The view's position; None before it has folded from any log. Raises InvalidRequestError: no such view."""
         known = projection_named(projection)
         async with self._views.reading() as connection:
             return await read_position(connection, known)
 
     def _visible(self, package_id: Column[Any] | None = None) -> tuple[ColumnElement[bool], ...]:
-        """The conditions that leave out the packages outside the scope, or what belongs to them by this column."""
+        """The conditions that leave out packages outside the scope, or rows whose `package_id` column names one."""
         if self._scope.everywhere:
             return ()
         table = artifact_packages.c
@@ -380,12 +380,12 @@ class Queries:
         return (select(table.id).where(table.id == package_id, within).exists(),)
 
     def _any(self, column: Column[Any], patterns: Sequence[str]) -> ColumnElement[bool]:
-        """Whether the column's text has the form of one of the patterns, upper and lower case apart."""
+        """The condition that the column's text matches one of the patterns. Case matters."""
         if "*" in patterns:
             return true()
         exact = [pattern for pattern in patterns if "*" not in pattern]
         forms = [pattern for pattern in patterns if "*" in pattern]
-        if self._views.dialect == "sqlite":  # its LIKE takes upper and lower case for the same
+        if self._views.dialect == "sqlite":  # its LIKE ignores case
             globs = [pattern.replace("[", "[[]").replace("?", "[?]") for pattern in forms]
             like = [column.op("GLOB")(glob) for glob in globs]
         else:
@@ -414,7 +414,7 @@ class Queries:
     async def _page(
         self, query: Select[Any], limit: int, weight: Callable[[Row[Any]], int] = lambda _: 0
     ) -> tuple[list[Row[Any]], bool]:
-        """At most `limit` rows and PAGE_BYTES of `weight`, but one row at least; and whether there are more."""
+        """At most `limit` rows and PAGE_BYTES of `weight`, but at least one row; and whether there are more."""
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidRequestError(f"limit must be 1 to {MAX_PAGE}")
         rows: list[Row[Any]] = []
@@ -439,13 +439,13 @@ def _like(pattern: str) -> str:
 
 
 def _behind(cursor: str, listing: str, key: Sequence[Column[Any]]) -> Tuple:
-    """The values of these columns that a cursor stands for. Raises InvalidRequestError."""
+    """The key in the cursor, as values of these columns. Raises InvalidRequestError."""
     values = zip(read_cursor(cursor, listing, *key), key, strict=True)
     return tuple_(*(literal(value, column.type) for value, column in values))
 
 
 async def _marks(connection: AsyncConnection, package_id: UUID | None = None) -> dict[UUID, Parked]:
-    """What the registry view has parked, of one package or of all; there are never many."""
+    """The marks of the registry view's parked packages, of one package or all; there are never many."""
     live, table = projection_generations.c, parked_packages.c
     query = (
         select(table.package_id, table.partition, table.offset, table.events, table.cause)
@@ -495,7 +495,7 @@ _MAX_TEXT = 4096
 
 
 def write_cursor(listing: str, *key: int | str | UUID) -> str:
-    """The cursor behind the row of this key: base64url (RFC 4648 §5) of the canonical CBOR array [listing, key…]."""
+    """The cursor for rows after this key: base64url (RFC 4648 §5) of the canonical CBOR array [listing, key…]."""
     return _encoded([listing, *(part.bytes if isinstance(part, UUID) else part for part in key)])
 
 
@@ -504,9 +504,9 @@ def _encoded(parts: list[Any]) -> str:
 
 
 def read_cursor(text: str, listing: str, *columns: Column[Any]) -> list[Any]:
-    """The key in a cursor of this listing: a value that the database takes for each of these columns.
+    """The key in a cursor of this listing: for each of these columns, a value that the database accepts.
 
-    Raises InvalidRequestError: it is not one that the listing has given out.
+    Raises InvalidRequestError: the listing has not given out this cursor.
     """
     try:
         if len(text) > _MAX_TEXT:
@@ -524,7 +524,7 @@ def read_cursor(text: str, listing: str, *columns: Column[Any]) -> list[Any]:
 
 
 def _value(part: object, kind: TypeEngine[Any]) -> Any:
-    """The part as a value of the column's type, whatever rules a writer has for it. Raises ValueError."""
+    """The part as a value of the column's type; rules for such values are not checked. Raises ValueError."""
     match part:
         case bytes() if isinstance(kind, Uuid):
             return UUID(bytes=part)

@@ -1,9 +1,10 @@
-"""The tables of the views, in SQLAlchemy Core: what the projections fill, and what keeps account of them.
+"""The tables of the views, in SQLAlchemy Core: those that projections fill, and those with the projections' progress.
 
 No column has a database default and no value is read from a server's clock: a view is a pure function of the log.
-Identifiers are `Uuid`, times integer µs since 1970 (UTC), metadata its JCS text, the two digests of a file 32 raw bytes
-each; what names a document or a blob is a content address, as people write it. Text collates by its bytes everywhere. A
-package and a file are created when their event was written, a storage location when its bytes were stored.
+Identifiers are `Uuid`, times are integer µs since 1970 (UTC), metadata is JCS text, and the two digests of a file are
+32 raw bytes each. Manifests and blobs are named by content addresses in text form. Text is ordered by its bytes
+everywhere. `created_at` of a package or a file is the time of its event; that of a storage location is when its bytes
+were stored.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from sqlalchemy.types import TypeEngine
 metadata = MetaData()
 
 ONLY_INSERTED = {"only_inserted": True}
-"""Marks a table that folds insert into and never look anything up in: a rebuild loads it without any index."""
+"""Marks a table that folds only insert into and never query: a rebuild loads it without any index."""
 
 
 def _text() -> TypeEngine[str]:
-    """Text in binary order: `C` on PostgreSQL; on SQLite the default, BINARY, compares the bytes of UTF-8."""
+    """Text in binary order: `C` on PostgreSQL; SQLite's default, BINARY, compares the UTF-8 bytes."""
     return Text().with_variant(Text(collation="C"), "postgresql")
 
 
@@ -129,7 +130,7 @@ retention_classes = Table(
     Column("immutable", Boolean, nullable=False),
     Column("description", _text(), nullable=False),
 )
-"""Seeded configuration, for people who read the tables; no fold reads it and no digest covers it."""
+"""Seeded configuration for people who read the tables; no fold reads it and no digest covers it."""
 
 projection_generations = Table(
     "projection_generations",
@@ -139,7 +140,7 @@ projection_generations = Table(
     Column("layout", Integer, nullable=False),
     Column("log", Uuid),
 )
-"""The live build of each projection's tables; `log` is the log that it is folded from, null before the first event."""
+"""The live generation of each projection; `log` is the log that it is folded from, null before the first event."""
 
 projection_builds = Table(
     "projection_builds",
@@ -150,7 +151,7 @@ projection_builds = Table(
     Column("log", Uuid, nullable=False),
     Column("builder", _text(), nullable=False),
 )
-"""The generation that is built beside a projection's live one, if any; `builder` says who began or resumed it."""
+"""The generation that is being built beside a projection's live one; `builder` names who began or resumed it."""
 
 projection_checkpoints = Table(
     "projection_checkpoints",
@@ -162,10 +163,10 @@ projection_checkpoints = Table(
     Column("last_offset", BigInteger),
     Column("last_digest", LargeBinary(32)),
 )
-"""How far a generation has come, written with its rows in one transaction; an absent partition stands at its start.
+"""The checkpoints of each generation, written in one transaction with its rows; a missing partition is at its start.
 
-`last_offset` and `last_digest` name the last record that was folded and the BLAKE3 of its bytes: a log that holds
-another one there is not the one that the view was folded from, whatever it calls itself.
+`last_offset` and `last_digest` are the offset of the last folded record and the BLAKE3 of its bytes. A log that holds
+another record there is not the log that the view was folded from, even if it has the same identity.
 """
 
 parked_packages = Table(
@@ -180,8 +181,9 @@ parked_packages = Table(
     Column("events", BigInteger, nullable=False),
     Column("cause", _text(), nullable=False),
 )
-"""Packages that a generation could not follow: from the record at `offset` on, `events` of theirs wait in the log.
+"""Parked packages of each generation: from the record at `offset` on, `events` of the package's events wait in the log.
 
-`package` is the package's id, or stands for a record's key where that names none. No digest covers it.
+`package` is the package's id, or a text that stands for the record's key if it is not a package id. No digest covers
+this table.
 """
 Index("parked_packages_by_id", parked_packages.c.package_id)

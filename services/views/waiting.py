@@ -1,7 +1,7 @@
-"""Waiting until the registry view has come far enough: one look at the database for all who wait, whatever they are.
+"""Waiting until the registry view has come far enough. One task polls the database for all waiters.
 
-The view tells how far it is, and the log where it ended when a reader came. Once the view holds everything up to there,
-what it lacks is not in the log: nobody waits for that.
+The poll gives the view's position, and the log gives its end at the time when a waiter arrived. Once the view covers
+that end, an event that it lacks is not in the log, and waiting for it ends.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from services.log.port import CommandWriter, Log
 from services.views.queries import Progress, Queries
 
 LOOK_SECONDS = 0.025
-"""The pause between two looks at the database, in one process, while anybody waits."""
+"""The pause between two polls of the database, in one process, while anybody waits (s)."""
 
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    """Waits for the package's event of this number; without one, for what the log held when it came."""
+    """Waits for the package's event with this sequence; without one, for what the log held when the wait began."""
 
     package_id: UUID | None
     sequence: int | None
     done: asyncio.Future[None]
     end: Position | None = None
     scope: Scope = EVERYWHERE
-    """A package outside it is none for the one who waits."""
+    """A package outside the scope does not exist for this waiter."""
 
 
 class ViewWaits:
-    """Everyone in this process who waits for the registry view. Belongs to one event loop."""
+    """All waits for the registry view in this process. Belongs to one event loop."""
 
     def __init__(self, queries: Queries, log: Log, writer: CommandWriter, wait_seconds: float) -> None:
-        """Nobody waits for longer than `wait_seconds`; `writer` proves where the log ends."""
+        """A wait lasts at most `wait_seconds`. `writer` is asked for the log's end."""
         self._queries = queries
         self._log = log
         self._writer = writer
@@ -56,10 +56,10 @@ class ViewWaits:
         self._looking: asyncio.Task[None] | None = None
 
     async def for_sequence(self, package_id: UUID, sequence: int, scope: Scope = EVERYWHERE) -> None:
-        """Return when the view has the package's event of this number. A package outside the scope is not there.
+        """Return when the view has the package's event with this sequence. A package outside the scope does not exist.
 
         Raises:
-            PackageNotFoundError, SequenceBeyondLogError: the log does not hold that event.
+            PackageNotFoundError, SequenceBeyondLogError: the log does not have that event.
             PackageParkedError: the view has stopped following the package.
             WaitTimeoutError: the view lags behind. UnavailableError: the database cannot be reached.
         """
@@ -67,7 +67,7 @@ class ViewWaits:
         await self._wait(package_id, sequence, otherwise, scope)
 
     async def for_end(self, package_id: UUID | None) -> None:
-        """Return when the view holds what the log holds now, of the package's partition or of all.
+        """Return when the view holds what the log holds now, in the package's partition or in all.
 
         Raises WaitTimeoutError: the view lags behind. UnavailableError: database or log cannot be reached.
         """
@@ -86,18 +86,19 @@ class ViewWaits:
         finally:
             self._waiters.discard(waiter)
             if waiter.done.done() and not waiter.done.cancelled():
-                waiter.done.exception()  # whoever was cancelled meanwhile takes no answer
+                waiter.done.exception()  # retrieve it: a waiter that was cancelled meanwhile does not
 
     async def close(self) -> None:
-        """Look no more; nobody may wait any more."""
+        """Stop polling. There must be no waits any more."""
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait([self._looking])
 
     async def _look(self) -> None:
-        """Look at the view again and again, as long as anybody waits. The log's end is asked for beside.
+        """Poll the view for as long as anybody waits, and ask for the log's end concurrently.
 
-        There is one question at a time about a partition, and one about all of them, for everyone who came before it.
+        At most one request for a partition's end runs at a time, and one for the ends of all. Its answer counts for
+        all waits that began before it.
         """
         asking: dict[int | None, asyncio.Task[None]] = {}
         try:
@@ -105,7 +106,7 @@ class ViewWaits:
                 waiters = list(self._waiters)
                 try:
                     progress = await self._queries.progress({w.package_id for w in waiters if w.package_id is not None})
-                except Exception as error:  # noqa: BLE001 - those who wait raise it
+                except Exception as error:  # noqa: BLE001 - the waiters raise it
                     _fail(waiters, error)
                 else:
                     for waiter in waiters:
@@ -123,7 +124,7 @@ class ViewWaits:
                 await asyncio.wait(asking.values())
 
     def _without_end(self) -> dict[int | None, list[_Waiter]]:
-        """By the partition that they wait for, or None for all, those for whom the log's end was not asked yet."""
+        """The waiters for which the log's end was not read yet, by the partition that they wait for (None: all)."""
         found: dict[int | None, list[_Waiter]] = {}
         for waiter in self._waiters:
             if waiter.end is None:
@@ -135,9 +136,9 @@ class ViewWaits:
         try:
             end = await self._writer.end(range(await self._log.partitions()) if partition is None else [partition])
         except (UnavailableError, PushBackError, CorruptError) as error:
-            _fail([waiter for waiter in waiters if waiter.sequence is None], error)  # others have the view alone
+            _fail([waiter for waiter in waiters if waiter.sequence is None], error)  # the others need only the view
             return
-        except Exception as error:  # noqa: BLE001 - those who wait raise it
+        except Exception as error:  # noqa: BLE001 - the waiters raise it
             _fail(waiters, error)
             return
         for waiter in waiters:
@@ -146,7 +147,7 @@ class ViewWaits:
     def _tell(self, waiter: _Waiter, progress: Progress) -> None:
         if waiter.done.done():
             return
-        # A view of another log says nothing about what this one holds.
+        # The position of a view of another log says nothing about this log.
         end, at = waiter.end, progress.position
         covered = end is not None and at is not None and at.log == end.log and at.covers(end)
         if waiter.package_id is None or waiter.sequence is None:
@@ -167,17 +168,17 @@ class ViewWaits:
 
 
 def beyond_log(package_id: UUID, last: int | None, sequence: int) -> ArtifactStoreError:
-    """The error for a sequence that the log does not hold; `last` is the package's last one, None without events."""
+    """The error for a sequence that is not in the log; `last` is the package's last sequence, None without events."""
     if last is None:
         return PackageNotFoundError(f"there is no package {package_id}")
     return SequenceBeyondLogError(
         f"package {package_id} has no event {sequence}: the last one in the log is {last}. Wait for the `sequence` "
-        "that a write was answered with"
+        "in the response to a write"
     )
 
 
 def parked_error(package_id: UUID, parked: Parked) -> PackageParkedError:
-    """The error for what the view may lack of a package that it has stopped following."""
+    """The error for a package that the view has stopped following and may not show completely."""
     return PackageParkedError(
         f"the registry view stopped following package {package_id} at offset {parked.offset} of partition "
         f"{parked.partition}; {parked.events} of its events are not shown: {parked.cause}"

@@ -1,13 +1,13 @@
-"""Applying: what a source has read goes into a view, each batch in one transaction with the checkpoint.
+"""Writing what a source has read into a view, each batch in one transaction with the checkpoint.
 
-`apply` does that for any generation; projectors, replays and catch-ups all call it. `fold` applies to the live view,
-and then retries the parked packages that may go on. `catch_up` brings a view up to the log's end in the caller's own
-process, for the embedded parts and for replays. Any number of processes may do it at once, beside projectors: the
-checkpoint's guard lets one fold of a batch through, and the others find that the view has moved and go on from there.
+`apply` writes a batch into any generation; projectors, replays and catch-ups all call it. `fold` applies to the live
+view, and then retries the parked packages that may continue. `catch_up` brings a view up to the log's end in the
+caller's process, for the embedded parts and for replays. Any number of processes may run it at once, beside
+projectors: the checkpoint's guard lets one fold of a batch through, and the others continue from the new checkpoint.
 
 `retry` folds the events that wait in the log for a parked package. It begins at the mark and moves it, each batch in
 one transaction with the mark, so nothing is folded twice. It reads the log before it locks the view, so that folds of
-the package's partition wait for the database alone, however slow the log is.
+the package's partition wait only for the database, however slow the log is.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from services.views.tables import projection_checkpoints
 async def apply(views: Views, projection: Projection, batch: EventBatch) -> Checkpoint:
     """Fold the batch and move the checkpoint, in one transaction; returns the checkpoint after it.
 
-    The generation may be the live one or one that is being built. An event that cannot be read or applied parks its
-    package, up to `views.max_parked` packages.
+    The generation may be the live one or a build. An event that cannot be read or applied parks its package, up to
+    `views.max_parked` packages.
 
     Raises:
         StaleCheckpointError: in one of the batch's partitions the view does not stand where the batch begins, or the
@@ -92,9 +92,9 @@ async def apply_within(
     generation = batch.since.generation
     tables = await tables_of(connection, projection, batch.since)
     last = batch.last_records()
-    for partition in sorted(batch.ends):  # one order for all, so that no two wait for each other
+    for partition in sorted(batch.ends):  # the same order in all folds, so that they cannot deadlock
         await _advance(connection, projection, batch, partition, last.get(partition))
-    # Read after the guard, which waits for a running retry: its changes to the marks are seen.
+    # Read the marks after the guard, which waits for a running retry, so that its changes are seen.
     parking = Parking(connection, projection, tables, generation, max_parked, await read_marks(connection, generation))
     await parking.fold(batch, whole=whole)
     await parking.save()
@@ -108,9 +108,9 @@ async def _advance(
     partition: int,
     record: Record | None,
 ) -> None:
-    """The guard: move one partition's offset from the batch's beginning to its end, if that is where the view stands.
+    """The guard: move one partition's offset from the batch's start to its end, if the view stands at the start.
 
-    `record` is the partition's last one in the batch. Raises StaleCheckpointError: the view stands elsewhere.
+    `record` is the partition's last one in the batch. Raises StaleCheckpointError: the view is at another offset.
     """
     table, generation = projection_checkpoints, batch.since.generation
     expected = batch.since.position.offsets.get(partition, 0)
@@ -134,7 +134,7 @@ async def _advance(
 
 
 async def fold(views: Views, log: Log, projection: Projection, batch: EventBatch) -> Checkpoint:
-    """Apply a batch to the live view. Then retry the parked packages that confirmations in the batch let go on.
+    """Apply a batch to the live view. Then retry the parked packages that may continue after a confirmation in it.
 
     Raises as `apply` and `retry`.
     """
@@ -161,7 +161,7 @@ async def catch_up(
 
     Raises:
         LogIdentityError: the view was folded from another log.
-        CorruptError: the log does not go on from what the view has folded, or too many packages would be parked.
+        CorruptError: the log does not continue from what the view has folded, or too many packages would be parked.
         UnavailableError: the log or the database cannot be reached; nothing is lost, call again.
     """
     identity = await log.identity()
@@ -169,7 +169,7 @@ async def catch_up(
     async with views.folding[projection.name]:
         while True:
             checkpoint = await load_checkpoint(views, projection, identity)
-            end = await log.end(checkpoint.position)  # after the checkpoint, which others may move on meanwhile
+            end = await log.end(checkpoint.position)  # after the checkpoint: an end read earlier could lie before it
             require_same_log(projection, identity, end.log)
             until = until or end
             check_within(checkpoint.position, end, projection.name)
@@ -188,7 +188,7 @@ async def catch_up(
 
 
 _CHASES = 3
-"""How often `retry` reads the events that arrived meanwhile without a lock, before it lets folds wait for the last."""
+"""How often `retry` reads newly arrived events without a lock, before it makes folds wait while it reads the last."""
 
 _LOCKED_SECONDS = 5.0
 """How long folds wait at most while the last events are read."""
@@ -271,7 +271,7 @@ def _at(mark: Mark, log: UUID) -> Checkpoint:
 
 
 async def _read_waiting(log: Log, mark: Mark, since: Checkpoint, end: int, skips: Skips) -> EventBatch:
-    """Read the records of the mark's package between these offsets, or the first of them if they are many."""
+    """Read the records of the mark's package from `since` up to `end`, or only the first batch if they are many."""
 
     def waits(record: Record) -> bool:
         return key_name(record.key)[0] == mark.package
@@ -293,7 +293,7 @@ async def _read_locked(log: Log, mark: Mark, since: Checkpoint, end: int, skips:
 
 
 async def _retry_confirmed(views: Views, log: Log, projection: Projection, partitions: Collection[int]) -> None:
-    """Retry the live view's marks whose record an operator has confirmed to be no event.
+    """Retry the live view's marks if an operator has confirmed that their record is not an event.
 
     Their packages then continue without another command.
     """

@@ -1,12 +1,12 @@
-"""The tables of a build: created without indexes, indexed last, and finally put in the place of the live ones.
+"""The tables of a build: they are created without indexes, indexed last, and finally replace the live tables.
 
 The live tables always have the plain names. The tables of a build have a suffix, and their indexes have a suffix for
-the generation, because SQLite cannot rename an index and cannot have two indexes of one name.
+the generation, because SQLite cannot rename an index and cannot have two indexes with one name.
 
 A table that replaces a live one gets its owner, rights and comments: people read the tables with SQL, and the operator
 who replays may not be the one who created them. If the live table has anything else that would be lost, such as a
 trigger or a policy, the replacement is refused before the table is dropped. Indexes, statistics and storage settings
-that others have added are not looked for, and are lost with the table.
+that others have added are not checked, and are lost with the table.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _BEYOND_DEADLOCKS = """
 """Sets how long to wait for vacuums, in ms: 4 s longer than `deadlock_timeout`, which is 1 s by default."""
 
 LONG_SECONDS = 24 * 3600.0
-"""A large index takes longer than any other statement may, and so does what a digest has to sort."""
+"""The time limit for creating an index, and for a digest's queries, which sort: other statements are shorter."""
 
 
 async def create_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:
-    """Create the build's tables, with only the indexes that its folds need to look rows up."""
+    """Create the build's tables, with only the indexes by which its folds look rows up."""
     await drop_tables(connection, projection)
     for table in projection.tables:
         if not on_postgresql(connection):  # SQLite cannot add a primary key later
@@ -60,7 +60,7 @@ async def drop_tables(connection: AsyncConnection, projection: Projection) -> No
 def index_statements(table: Table, generation: UUID, dialect: Dialect) -> Iterator[str]:
     """The statements that create the indexes of this table in the build.
 
-    Each can be repeated, and may run beside the others.
+    Each can be repeated, and may run concurrently with the others.
     """
     if dialect.name == "postgresql":
         yield _text(CreateIndex(_key(table, generation), if_not_exists=True), dialect)
@@ -89,7 +89,7 @@ async def create_index(connection: AsyncConnection, statement: str, *, memory_mi
 async def analyze(connection: AsyncConnection, table: Table) -> None:
     """Analyze this table in the build, so that PostgreSQL plans well from the first query on.
 
-    Only the columns that queries look rows up by: with the others, such as digests, this takes twice as long.
+    Covers only the columns by which queries look rows up: with the others, such as digests, it takes twice as long.
     """
     if on_postgresql(connection):
         indexed = {column.name for index in table.indexes for column in index.columns}
@@ -101,8 +101,8 @@ async def analyze(connection: AsyncConnection, table: Table) -> None:
 async def hold_off_vacuums(connection: AsyncConnection, tables: Collection[str]) -> None:
     """Keep vacuum and analyze off these tables, as far as they exist, until the transaction ends. Call it first.
 
-    PostgreSQL cancels an autovacuum only for a lock that has waited longer than `deadlock_timeout` (1 s), so a shorter
-    wait would be in vain. Neither readers nor folds wait meanwhile. Raises LockedError as `lock_live_tables`.
+    PostgreSQL cancels an autovacuum only for a lock that has waited longer than `deadlock_timeout` (1 s), so this waits
+    longer than that. Neither readers nor folds wait meanwhile. Raises LockedError as `lock_live_tables`.
     """
     if not on_postgresql(connection):
         return
@@ -115,8 +115,8 @@ async def hold_off_vacuums(connection: AsyncConnection, tables: Collection[str])
 async def lock_live_tables(connection: AsyncConnection, projection: Projection) -> None:
     """Lock readers out of the live tables until the transaction ends, to drop or empty them.
 
-    Waits only briefly for readers, because new readers queue up behind the lock. Raises LockedError through
-    `Views.writing` if that was too short: try again. On SQLite, readers keep their snapshot and nobody waits.
+    Waits only briefly for running readers, because new readers queue up behind the lock. Raises LockedError through
+    `Views.writing` if they take longer: try again. On SQLite, readers keep their snapshot and nobody waits.
     """
     if on_postgresql(connection):
         names = ", ".join(table.name for table in projection.tables)
@@ -224,7 +224,7 @@ _GIVEN_BY_DEFAULT = text(
 
 
 async def inheritance_of(connection: AsyncConnection, table: Table) -> Sequence[str]:
-    """The statements that give the live table's owner, rights and comments to the table that replaces it.
+    """The statements that transfer the live table's owner, rights and comments to the table that replaces it.
 
     Raises ConfigurationError if the live table has anything else that would be lost with it.
     """
@@ -244,7 +244,7 @@ async def inherit(connection: AsyncConnection, table: Table, statements: Sequenc
     if not on_postgresql(connection):
         return
     for statement in (*await _found(connection, _GIVEN_BY_DEFAULT, {"name": table.name}), *statements):
-        await connection.exec_driver_sql(statement)  # as it is: a role's name may look like a parameter
+        await connection.exec_driver_sql(statement)  # unparsed, because a role's name may look like a parameter
 
 
 async def _found(connection: AsyncConnection, query: TextClause, asked: Mapping[str, object]) -> list[str]:

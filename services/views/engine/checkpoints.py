@@ -1,13 +1,13 @@
-"""Checkpoints: how far a view has come, and whether the log still goes on from there.
+"""Checkpoints: how far a view has come, and whether the log still continues from there.
 
-Two things keep an outdated fold from writing. The offsets that it starts from must be those of the checkpoint: this is
-the guard (`apply`), so of two folds of one batch only one is applied. And its generation must still be there, live or
-being built (`tables_of`), so a fold that began before a reset or a switch cannot write into the new tables.
+Two checks keep an outdated fold from writing. The offsets that it starts from must be those of the checkpoint: this is
+the guard (`apply`), so of two folds of one batch only one is applied. And its generation must still exist, live or as
+a build (`tables_of`), so a fold that began before a reset or a switch cannot write into the new tables.
 
 Before anything is folded, the checkpoint is compared with the log. Another log has another identity
-(`require_same_log`). A log that was restored from an older copy keeps its identity, but it ends before the checkpoint
-or, after others have written to it, holds another record where the view folded its last one (`check_continues`). All
-of these are refused: the view would mix two histories. Nothing resets by itself.
+(`require_same_log`). A log that was restored from an older copy keeps its identity. But it ends before the checkpoint
+or, if it was written to since, holds another record where the view folded its last one (`check_continues`). All of
+these are refused, because the view would mix two histories. A view is never reset automatically for this.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class LastRecord:
 
     @classmethod
     def of(cls, record: Record) -> LastRecord:
-        """What is kept of this record."""
+        """The offset and digest of this record."""
         return cls(record.offset, blake3(record.value).digest())
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where one generation of a view stands in the log, and which records it folded last, by partition."""
+    """The position of one generation of a view in the log, and the last record that it folded from each partition."""
 
     generation: UUID
     position: Position
@@ -64,10 +64,10 @@ class Checkpoint:
 
 
 async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Checkpoint:
-    """Where the view stands in `log`; a view that has folded nothing yet belongs to that log from now on.
+    """The view's checkpoint in `log`. A view that has folded nothing yet is bound to that log from now on.
 
     Raises LogIdentityError (it was folded from another log), UnavailableError, TablesError (its tables are missing or
-    of another layout).
+    have another layout).
     """
     generation, owner, offsets, last = await _read_live(views, projection)
     if owner is None:
@@ -93,7 +93,7 @@ async def _read_live(
 
 
 def require_same_log(projection: Projection, folded: UUID, now: UUID) -> None:
-    """Raise LogIdentityError unless the log that is there `now` is the one that the projection was folded from."""
+    """Raise LogIdentityError unless the present log, `now`, is the one that the projection was folded from."""
     if now != folded:
         raise LogIdentityError(
             f"{projection.name} was folded from log {folded}, but this is log {now}: the log was created again, or the "
@@ -103,7 +103,7 @@ def require_same_log(projection: Projection, folded: UUID, now: UUID) -> None:
 
 
 async def check_follows(log: Log, views: Views, projection: Projection) -> None:
-    """Return if a projector could go on with the view in this log. Changes nothing.
+    """Return if a projector could continue the view from this log. Changes nothing.
 
     Raises as `load_checkpoint` and `check_continues`.
     """
@@ -115,19 +115,19 @@ async def check_follows(log: Log, views: Views, projection: Projection) -> None:
 
 
 async def read_position(connection: AsyncConnection, projection: Projection) -> Position | None:
-    """Where the view stands; None before it has folded from any log."""
+    """The view's position; None before it has folded from any log."""
     live = await live_row(connection, projection)
     return None if live.log is None else Position(live.log, await read_offsets(connection, live.generation))
 
 
 async def read_offsets(connection: AsyncConnection, generation: UUID) -> dict[int, int]:
-    """From partition to the offset of the next record, for one generation."""
+    """The offset of the next record to fold by partition, for one generation."""
     offsets, _ = await read_progress(connection, generation)
     return offsets
 
 
 async def read_progress(connection: AsyncConnection, generation: UUID) -> tuple[dict[int, int], dict[int, LastRecord]]:
-    """From partition to the offset of the next record, and to the record that was folded last, for one generation."""
+    """The offset of the next record to fold and the last folded record, both by partition, for one generation."""
     table = projection_checkpoints.c
     query = select(table.partition, table.next_offset, table.last_offset, table.last_digest)
     offsets: dict[int, int] = {}
@@ -140,11 +140,11 @@ async def read_progress(connection: AsyncConnection, generation: UUID) -> tuple[
 
 
 async def hold_live(connection: AsyncConnection, projection: Projection) -> Row[Any]:
-    """Wait for running folds into the live generation, and let none begin until the transaction ends.
+    """Wait for running folds into the live generation, and keep new ones from beginning until the transaction ends.
 
-    Returns the row of the live generation. Folds into a build go on, and neither readers nor other projections wait.
-    Raises LockedError through `Views.writing` when the folds take too long; TablesError when there is no live
-    generation yet.
+    Returns the row of the live generation. Folds into a build continue, and neither readers nor other projections wait.
+    Raises LockedError through `Views.writing` if the folds take too long; TablesError if there is no live generation
+    yet.
     """
     if on_postgresql(connection):
         await _bound_waiting(connection)
@@ -152,10 +152,10 @@ async def hold_live(connection: AsyncConnection, projection: Projection) -> Row[
 
 
 async def hold_all_folds(connection: AsyncConnection, projection: Projection) -> Row[Any]:
-    """As `hold_live`, for folds into a build too."""
+    """As `hold_live`, but also for folds into a build."""
     if on_postgresql(connection):
         await _bound_waiting(connection)
-        # Folds share the lock of the live row, and may follow each other without a gap. This lock has a queue.
+        # Folds share the lock of the live row and may follow each other without a gap. Waiters for this lock queue up.
         await connection.execute(text(f"SELECT pg_advisory_xact_lock({_FOLDING})"), _folding(projection))
     return await live_row(connection, projection, lock=True)
 
@@ -165,9 +165,9 @@ async def _bound_waiting(connection: AsyncConnection) -> None:
 
 
 async def live_row(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Row[Any]:
-    """The row of the live generation. With `lock` nobody else can change it until the transaction ends.
+    """The row of the live generation. With `lock`, nobody else can change it until the transaction ends.
 
-    Raises TablesError when there is none yet.
+    Raises TablesError if there is none yet.
     """
     query = select(projection_generations).where(projection_generations.c.projection == projection.name)
     row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
@@ -184,9 +184,9 @@ def _folding(projection: Projection) -> dict[str, str]:
 
 
 async def tables_of(connection: AsyncConnection, projection: Projection, since: Checkpoint) -> Tables:
-    """The tables of the checkpoint's generation, which stays live, or a build, until the transaction ends.
+    """The tables of the checkpoint's generation. It stays what it is, live or a build, until the transaction ends.
 
-    Raises StaleCheckpointError when there is no such generation any more.
+    Raises StaleCheckpointError if the generation no longer exists.
     """
     if on_postgresql(connection):
         await connection.execute(text(f"SELECT pg_advisory_xact_lock_shared({_FOLDING})"), _folding(projection))
@@ -195,7 +195,7 @@ async def tables_of(connection: AsyncConnection, projection: Projection, since: 
         query = select(table.c.log).where(*mine, table.c.log == since.position.log).with_for_update(read=True)
         if (await connection.execute(query)).one_or_none() is not None:
             if table is projection_builds and on_postgresql(connection):
-                # Nobody reads a build. A server that crashes may lose its last batches, each with its checkpoint.
+                # Nobody reads a build. If the server crashes, it may lose the last batches, each with its checkpoint.
                 await connection.execute(text("SET LOCAL synchronous_commit TO off"))
             return tables(projection)
     raise StaleCheckpointError(f"the view {projection.name} was reset: this fold is of an older generation")
@@ -206,8 +206,8 @@ async def check_continues(
 ) -> None:
     """Return if the log continues, in these partitions, what the view `name` has folded. Reads a record of each.
 
-    `end` is the end of the log, read after the checkpoint; without it the log is asked. Raises CorruptError, which
-    names the replay that would accept the log as it is; UnavailableError.
+    `end` is the log's end, read after the checkpoint; if None, it is read here. Raises CorruptError, which names the
+    replay that would accept the log as it is; UnavailableError.
     """
     wanted = sorted(set(partitions))
     offsets = {p: checkpoint.position.offsets[p] for p in wanted if p in checkpoint.position.offsets}
@@ -229,7 +229,7 @@ async def check_continues(
 
 
 def check_within(position: Position, end: Position, name: str) -> None:
-    """Raise CorruptError when a view stands beyond the log's end: the log has lost what the view has seen."""
+    """Raise CorruptError if the position is beyond the log's end: the log has lost records that the view has folded."""
     for partition, offset in position.offsets.items():
         if offset > end.offsets.get(partition, 0):
             raise CorruptError(
@@ -241,11 +241,11 @@ def check_within(position: Position, end: Position, name: str) -> None:
 def folds_again(
     name: str, committed: Mapping[int, tuple[int, str]], stands: Position, partitions: Iterable[int]
 ) -> bool:
-    """Whether an operator has set the group of the view `name` back to the log's start with the log's own tools.
+    """Whether an operator has reset the group of the view `name` to the log's start with the log's own tools.
 
-    `committed` is what the group has, read after `stands`, where the view stands. Our commits carry metadata; those of
-    other tools have none. Setting an offset to where the view stands changes nothing. A missing offset (deleted, or
-    expired) says nothing.
+    `committed` are the group's offsets with their metadata, read after `stands`, the view's position. Our commits have
+    metadata; those of other tools have none. An offset that equals the view's, and a missing one (deleted or expired),
+    do not count as a reset.
 
     Raises CorruptError: some offsets were set, but not those of all partitions to the start. The view cannot follow
     that: it cannot take one partition out of its totals, and it never skips an event.
@@ -258,7 +258,7 @@ def folds_again(
     def at_start(partition: int) -> bool:
         if partition in committed:
             return committed[partition] == (0, "")
-        return not stands.offsets.get(partition)  # where the view has folded nothing, there may be no commit to reset
+        return not stands.offsets.get(partition)  # if the view has folded nothing, there may be no commit to reset
 
     if all(at_start(partition) for partition in partitions):
         return True
@@ -276,7 +276,7 @@ def _mend(name: str) -> str:
 
 
 async def _records_at(log: Log, offsets: dict[int, int]) -> dict[int, Record]:
-    """The records at these offsets, by partition, where there are any."""
+    """The records at these offsets, by partition, as far as they exist."""
     found: dict[int, Record] = {}
     batches = log.scan(offsets, {p: offset + 1 for p, offset in offsets.items()})
     async with aclosing(batches):

@@ -1,7 +1,7 @@
-"""Generations: a view is emptied (`reset`), or one is built beside the live one and takes its place (`switch`).
+"""Generations: a view is emptied (`reset`), or a new one is built beside the live one and replaces it (`switch`).
 
-A build is known by its row in `projection_builds`; `apply` moves its rows and checkpoint as it moves the live one's.
-The live generation's row is updated and never replaced: a transaction that waited for its lock sees what has changed.
+A build has a row in `projection_builds`; `apply` writes its rows and checkpoint as it does for the live generation.
+The live generation's row is updated and never replaced: a transaction that waited for its lock sees the change.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _GONE_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """A generation that is not live yet, and how far it has come; `builder` says who began or resumed it."""
+    """A generation that is not live yet, with its checkpoint; `builder` names the process that began or resumed it."""
 
     projection: str
     generation: UUID
@@ -79,7 +79,7 @@ class Build:
 
     @property
     def position(self) -> Position:
-        """Where it stands in the log that it is folded from."""
+        """Its position in the log that it is folded from."""
         return self.checkpoint.position
 
 
@@ -116,8 +116,8 @@ async def building(
 ) -> AsyncIterator[None]:
     """Hold the lock for building this projection, among all processes.
 
-    Raises PushBackError, which says who holds it, if another still does after `patience_seconds`. The lock only saves
-    double work: should two builders meet, the checkpoint's guard keeps them harmless.
+    Raises PushBackError, which names the holder, if another still holds it after `patience_seconds`. The lock only
+    avoids double work: two builders at once would do no harm, because of the checkpoint's guard.
     """
     if views.dialect == "sqlite":
         path = Path(str(views.engine.url.database))
@@ -132,7 +132,7 @@ async def building(
             lock.release()
         return
     async with AsyncExitStack() as stack:
-        with database_errors():  # around the lock alone: what fails inside the block has its own causes
+        with database_errors():  # only around the lock: errors inside the block have other causes
             connection = await stack.enter_async_context(views.engine.connect())
             # A lock of the session, not of a transaction.
             await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -146,16 +146,16 @@ async def building(
         try:
             yield
         finally:
-            # Closing would do too, but the connection goes back to a pool.
+            # Closing the connection would unlock too, but it goes back to a pool.
             try:
                 with database_errors():
                     await connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:name, 0))"), key)
-            except UnavailableError as error:  # the lock ended with its connection; what was done meanwhile counts
+            except UnavailableError as error:  # the lock ended with its connection; the work done meanwhile counts
                 logger.info("%s: the lock of its builder was lost: %s", projection.name, error.detail)
 
 
 async def is_being_built(views: Views, projection: Projection) -> bool:
-    """Whether a process builds this projection now; a build without one was left by a replay that ended early.
+    """Whether a process is building this projection now. If not, a build was left by a replay that ended early.
 
     Raises UnavailableError.
     """
@@ -167,10 +167,10 @@ async def is_being_built(views: Views, projection: Projection) -> bool:
 
 
 async def begin_build(views: Views, projection: Projection, log: UUID, *, bare: bool = True) -> Build:
-    """Create the empty tables of a new generation, in place of those of an earlier build.
+    """Create the empty tables of a new generation. They replace those of an earlier build.
 
     A `bare` build gets its indexes last. With all indexes from the start, a row that violates a key fails while it is
-    folded, when it can still be told which package it belongs to.
+    folded, when its package is still known.
     """
     generation = uuid4()
     row = {"projection": projection.name, "generation": generation, "layout": projection.layout, "log": log}
@@ -188,7 +188,7 @@ async def begin_build(views: Views, projection: Projection, log: UUID, *, bare: 
 
 
 async def adopt_build(views: Views, build: Build) -> None:
-    """Record that this process goes on with the build. Raises StaleCheckpointError if the build is gone."""
+    """Record that this process continues the build. Raises StaleCheckpointError if the build is gone."""
     async with views.writing() as connection:
         mine = projection_builds.c.generation == build.generation
         if (
@@ -198,7 +198,7 @@ async def adopt_build(views: Views, build: Build) -> None:
 
 
 async def drop_build(views: Views, projection: Projection) -> bool:
-    """Remove the projection's build, after running folds into it. Returns whether there was one."""
+    """Remove the projection's build; waits for running folds into it. Returns whether there was one."""
     async with views.writing() as connection:
         return await _forget(connection, projection)
 
@@ -219,21 +219,22 @@ FoldTo = Callable[[AsyncConnection, Checkpoint, Mapping[int, int]], Awaitable[No
 
 
 LogEnd = Callable[[], Awaitable[Position]]
-"""Asks the log for its end."""
+"""Reads the log's end."""
 
 
 async def switch(views: Views, projection: Projection, generation: UUID, log_end: LogEnd, fold_to: FoldTo) -> None:
-    """Make the build the live generation and drop the one that was, in one transaction.
+    """Make the build the live generation and drop the previous one, in one transaction.
 
-    Holds all folds of the projection off, lets `fold_to` fold what the live view is ahead by, and replaces the tables
-    when nobody reads them. `log_end` is called once the live view cannot move, so that all it has folded lies before
-    that end. A live view that is beyond that end is followed only up to it, and one of another log not at all.
+    Holds off all folds of the projection, lets `fold_to` fold what the live view is ahead by, and replaces the tables
+    when nobody reads them. `log_end` is called when the live view can no longer move, so that all it has folded lies
+    before that end. If the live view is beyond that end, the build follows only up to the end; if it is of another
+    log, not at all.
 
     Raises:
         UnavailableError: folds or readers took too long, or the live view is still ahead of the build; nothing was
             changed, and nobody waited long. Try again.
-        StaleCheckpointError: there is no such build any more.
-        ConfigurationError: the live tables cannot be dropped, for what others have put on them.
+        StaleCheckpointError: the build no longer exists.
+        ConfigurationError: the live tables cannot be dropped, because others have attached something to them.
     """
     async with views.writing() as connection:
         of_build = [table.name for table in building_tables(projection).values()]
@@ -250,7 +251,7 @@ async def switch(views: Views, projection: Projection, generation: UUID, log_end
         reached = Position(row.log, await read_offsets(connection, generation))
         if missing := ahead(live, reached, end):
             raise UnavailableError(f"the live {projection.name} is ahead of the build, at {missing}")
-        if views.dialect == "postgresql":  # readers rely on the build from here on: this commit makes all of it durable
+        if views.dialect == "postgresql":  # readers rely on the build from now on: this commit makes it durable
             await connection.execute(text("SET LOCAL synchronous_commit TO DEFAULT"))
         await lock_live_tables(connection, projection)
         await replace_live_tables(connection, projection, generation)
@@ -270,7 +271,7 @@ def ahead(live: Live, position: Position, end: Position) -> dict[int, int]:
 
 
 def this_process() -> str:
-    """How a builder is named to people."""
+    """The name of this process as a builder, for people."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
@@ -301,15 +302,15 @@ _LONGEST_PAUSE = 1.0
 
 
 class Attempts:
-    """The time limit of something that is tried several times, and the pauses in between."""
+    """The time limit for repeated attempts, and the pauses between them."""
 
     def __init__(self, seconds: float) -> None:
-        """The time begins now."""
+        """The `seconds` begin now."""
         self._until = time.monotonic() + seconds
         self._pause = _FIRST_PAUSE
 
     async def another(self) -> bool:
-        """Pause, longer each time, and return True; False at once when the time is over."""
+        """Pause, longer each time, and return True. Returns False at once if the time is over."""
         if time.monotonic() > self._until:
             return False
         await asyncio.sleep(random.uniform(0, self._pause))
@@ -318,7 +319,7 @@ class Attempts:
 
 
 _RESET_SECONDS = 600.0
-"""How long a reset waits for a moment in which nobody reads and no fold takes long."""
+"""How long a reset waits for a moment in which nobody reads the tables and no fold takes long."""
 
 
 async def reset(
@@ -326,14 +327,14 @@ async def reset(
 ) -> UUID:
     """Empty the projection's tables and begin a new generation at the log's start; returns its id.
 
-    One transaction, in a moment in which nobody reads the tables. Afterwards readers find them empty, on PostgreSQL
+    Runs in one transaction, at a moment when nobody reads the tables. Afterwards readers find them empty, on PostgreSQL
     even readers with an older snapshot. Running folds end first; later folds of the old generation are refused as
     stale. Tables of another layout are created again.
 
     Raises:
         StaleCheckpointError: `expected` is not the live generation; nothing was changed.
         UnavailableError: there was no such moment within `patience_seconds`, or the database cannot be reached.
-        ConfigurationError: tables of another layout cannot be dropped, for what others have put on them.
+        ConfigurationError: tables of another layout cannot be dropped, because others have attached something to them.
     """
     attempts = Attempts(patience_seconds)
     while True:
@@ -376,6 +377,6 @@ async def _reset(connection: AsyncConnection, projection: Projection, expected: 
 
 
 async def forget_progress(connection: AsyncConnection, generation: UUID) -> None:
-    """Remove checkpoints and marks of a generation that is given up."""
+    """Remove the checkpoints and marks of a generation that is no longer used."""
     for table in (projection_checkpoints, parked_packages):
         await connection.execute(delete(table).where(table.c.generation == generation))

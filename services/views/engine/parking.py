@@ -1,8 +1,8 @@
-"""Parked packages: one event that a projection cannot read or apply stops its package, and no other.
+"""Parked packages: an event that a projection cannot read or apply stops its package, and no other.
 
-A mark says where a package stopped and why; the log keeps the bytes. The view holds the package as its events before
-the mark have left it. Which event is to blame does not depend on how batches were cut: a batch that fails is halved
-until the event is found at which a fold in log order would have stopped.
+A mark says where a package stopped and why; the log keeps the bytes. The view shows the package as of the events before
+the mark. The mark does not depend on how batches were cut: a batch that fails is halved until the event is found at
+which a fold in log order would have stopped.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _KEY_BYTES = 64
 
 
 class TooManyParkedError(CorruptError, problem="too-many-parked"):
-    """A projection would park more packages than it may: something is wrong with more than a few events."""
+    """A projection would park more packages than it may. The cause is probably not a few bad events."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
     """One parked package: from the record at `offset` of `partition` on, `events` of its events wait in the log.
 
-    `package_id` is None for a record whose package cannot be told; `package` then stands for its key.
+    `package_id` is None if the record's key is not a package id; `package` is then a text that stands for the key.
     """
 
     projection: str
@@ -49,14 +49,14 @@ class Mark:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What identifies it within its generation."""
+        """Identifies the mark within its generation."""
         return self.partition, self.package
 
 
 def key_name(key: bytes) -> tuple[str, UUID | None]:
-    """The package that a record's key names; else a text that stands for the key.
+    """The package id in a record's key, as text and UUID; for another key, a text that stands for it, and None.
 
-    An event that was decoded has its package's id as its key.
+    Every decoded event has its package's id as its key.
     """
     try:
         text = key.decode("ascii")
@@ -77,7 +77,7 @@ async def read_marks(connection: AsyncConnection, generation: UUID) -> dict[tupl
 
 
 async def list_marks(views: Views, projection: str | None = None) -> list[Mark]:
-    """The marks of the live views, of one projection or of all, by projection and place in the log."""
+    """The marks of the live views, of one projection or of all, sorted by projection and position in the log."""
     live = projection_generations.c
     table = parked_packages.c
     query = select(parked_packages).join(projection_generations, live.generation == table.generation)
@@ -101,7 +101,7 @@ async def forget_mark(connection: AsyncConnection, mark: Mark) -> bool:
 
 
 class Parking:
-    """Folds batches within one transaction, parks what cannot be applied, and updates the marks."""
+    """Folds batches within one transaction, parks packages whose events cannot be applied, and updates the marks."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Parking:
         most: int,
         marks: Mapping[tuple[int, str], Mark],
     ) -> None:
-        """At most `most` packages may be parked. `marks` are those in the database."""
+        """At most `most` packages may be parked. `marks` are the generation's marks in the database."""
         self._connection = connection
         self._projection = projection
         self._tables = tables
@@ -138,7 +138,7 @@ class Parking:
             await self._fold(batch.records, batch.events)
 
     async def save(self) -> None:
-        """Write the marks that have changed. There may be several calls of `fold` before."""
+        """Write the changed marks. May follow several calls of `fold`."""
         changed = [mark for key, mark in self.marks.items() if self._before.get(key) != mark]
         table = parked_packages
         for mark in changed:

@@ -1,9 +1,10 @@
-"""Sources: what the engine reads. A range of the log, one package of it, or the share that a group assigns.
+"""Sources: the engine reads a range of the log, one package of it, or the partitions that a group assigns.
 
-Each gives `EventBatch`es, which say what was read, from where, and how far that goes. `read_range` reads up to given
-offsets, of all packages or of some. `Assignment` is one membership in a projection's consumer group: it begins reading
-at the view's own checkpoint. The offsets that it commits to the group only show progress to people. An operator may
-reset all of them to the log's start: then the view is emptied and folded again. Any other change stops the projector.
+Each source gives `EventBatch`es: the events that were read, where reading began, and the offsets that it reached.
+`read_range` reads up to given offsets, all packages or some. `Assignment` is one membership in a projection's consumer
+group: it begins reading at the view's own checkpoint. The offsets that it commits to the group only show progress to
+people. If an operator resets all of them to the log's start, the view is emptied and folded again. Any other change
+stops the projector.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ _FEW = 20
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """What a source has read: events, in log order per partition, and how far they take each partition.
+    """What a source has read: events, in log order per partition, and the offset reached in each partition.
 
-    `since` is where reading began. `ends` has the offset to go on from for each partition that the batch moves, even if
-    the batch has no record of that partition. `records` and `events` are parallel. `unreadable` are records that hold
-    no event, each with the reason. Left out are administrative records, and records that an operator has confirmed to
-    be no events; `confirmed` are the partitions in which such a confirmation was read.
+    `since` is where reading began. `ends` has the offset to continue from for each partition that the batch moves, even
+    if the batch has no record of that partition. `records` and `events` are parallel. `unreadable` are records that are
+    not valid events, each with the reason. Administrative records are left out, and so are records that an operator
+    has confirmed not to be events. `confirmed` are the partitions in which such a confirmation was read.
     """
 
     since: Checkpoint
@@ -107,7 +108,7 @@ class EventBatch:
         return Checkpoint(self.since.generation, Position(log, {**offsets, **self.ends}))
 
     def last_times(self) -> Mapping[int, int]:
-        """When the last event of each partition was recorded, in µs since 1970."""
+        """The time of each partition's last event, in µs since 1970."""
         times: dict[int, int] = {}
         for record, event in zip(reversed(self.records), reversed(self.events), strict=True):
             times.setdefault(record.partition, event.created_at)
@@ -127,7 +128,7 @@ class EventBatch:
 async def decode(
     log: Log, records: Sequence[Record], skips: Skips, *, since: Checkpoint, ends: Mapping[int, int]
 ) -> EventBatch:
-    """Decode the records, in a thread if they are many, and leave out those that an operator confirmed to be no events.
+    """Decode the records, in a thread if they are many. Leaves out those that an operator confirmed not to be events.
 
     Raises as `Skips.covers`.
     """
@@ -155,7 +156,7 @@ async def read_range(
     only: Callable[[Record], bool] | None = None,
     skips: Skips | None = None,
 ) -> AsyncGenerator[EventBatch]:
-    """Read from `since` exactly to `ends`, in the partitions of `ends`, which may be offsets without an event.
+    """Read from `since` exactly to `ends`, in the partitions of `ends`. There need not be an event at these offsets.
 
     A batch has at most `batch_events` records and BATCH_BYTES, but at least one record. With `only`, the other records
     are passed over. Decoding takes place in a thread. `skips` are those of an earlier reading of the same log.
@@ -187,7 +188,7 @@ async def read_range(
 
 
 async def read_ahead(batches: AsyncGenerator[EventBatch]) -> AsyncGenerator[EventBatch]:
-    """The same batches; the next one is read and decoded while the caller works on the one before.
+    """The same batches, but the next one is read and decoded while the caller works on the previous one.
 
     A failure to read is raised when the caller asks for the batch that it concerns; if the caller fails first, its own
     failure counts.
@@ -223,7 +224,7 @@ _RESET_SECONDS = 10.0
 
 
 class Assignment:
-    """One membership in a projection's group: reads the projection's share of the log. Used by one task at a time."""
+    """One membership in a projection's group: reads the partitions assigned to it. Used by one task at a time."""
 
     def __init__(
         self,
@@ -238,17 +239,17 @@ class Assignment:
         self._projection = projection
         self._settled = settled
         self._identity: UUID | None = None
-        """The log's identity when this joined."""
+        """The log's identity when this member joined."""
         self._generation: UUID | None = None
-        """The view's live generation when this joined."""
+        """The view's live generation when this member joined."""
         self._reset = False
-        """Whether the view has another generation by now, so that this must join again."""
+        """Whether the view has another generation by now, so that this member must join again."""
         self._next: dict[int, int] = {}
         """The offset to read next, by partition."""
         self._unproven: set[int] = set()
         """Assigned partitions from which nothing has been read yet: see `_prove`."""
         self._began: Checkpoint | None = None
-        """Where the view stood at the last assignment."""
+        """The view's checkpoint at the last assignment."""
         self._unclaimed: dict[int, int] = {}
         """Where reading begins in partitions whose committed offset another tool has set: see `_claim`."""
         self._subscription: Subscription | None = None
@@ -280,7 +281,7 @@ class Assignment:
         self._subscription = await self._log.subscribe(self._projection.name, self._start_offsets, self._settled)
 
     async def batches(self, stop: asyncio.Event) -> AsyncGenerator[EventBatch]:
-        """Read until `stop` is set, and show the progress that `applied` reports. Raises as `next_batch`."""
+        """Read batches until `stop` is set, and show the progress noted by `applied`. Raises as `next_batch`."""
         while not stop.is_set():
             await self.show()
             yield await self.next_batch(_POLL_SECONDS)
@@ -345,9 +346,9 @@ class Assignment:
             return
         try:
             await self._joined().commit(shown, str(self._generation))
-        except (UnavailableError, PushBackError) as error:  # only shown: the view has it, and it is tried again
+        except (UnavailableError, PushBackError) as error:  # the view itself has the progress; showing is tried again
             logger.info("%s: progress was not shown: %s", self._projection.name, error.detail)
-        else:  # what was applied meanwhile has yet to be shown
+        else:  # batches applied meanwhile have yet to be shown
             self._unshown = {p: offset for p, offset in self._unshown.items() if shown.get(p) != offset}
 
     async def leave(self) -> None:
@@ -372,7 +373,7 @@ class Assignment:
             await check_continues(self._log, name, checkpoint, partitions)
             self._unproven.update(partitions)
             self._began = checkpoint
-        # Asked for after the checkpoint: what another member claims and folds meanwhile must not look like a reset.
+        # Read after the checkpoint: what another member claims and folds meanwhile must not look like a reset.
         committed = await self._log.committed(name)
         if not self._reset and folds_again(name, committed, checkpoint.position, range(await self._log.partitions())):
             await self._begin_anew(checkpoint.generation)
@@ -449,7 +450,7 @@ class Assignment:
         self._looked = time.monotonic()
 
     async def _require_same_generation(self) -> None:
-        """Check the view's generation. While no batch comes, nothing else checks it, and a reset view stays empty."""
+        """Check the view's generation. Without batches nothing else checks it, and a reset view would stay empty."""
         async with self._views.reading() as connection:
             live = await live_row(connection, self._projection)
         if live.generation != self._generation:

@@ -1,4 +1,4 @@
-"""The projections: one file each. `PROJECTIONS` knows them by their names.
+"""The projections: one file each. `PROJECTIONS` has them by name.
 
 Begin with `port`, which says what a projection is, then read `retention_fold`, the shortest. They write through
 `services.views.bulk` and check the order of events through `port`; they know nothing of the log or the engine.
@@ -22,7 +22,7 @@ PROJECTIONS: Mapping[str, Projection] = {
 
 
 def projection_named(name: str) -> Projection:
-    """The projection of this name. Raises InvalidRequestError, which lists the known ones."""
+    """The projection with this name. Raises InvalidRequestError, which lists the known ones."""
     found = PROJECTIONS.get(name)
     if found is None:
         raise InvalidRequestError(f"there is no projection {name[:64]!a}; known: {', '.join(PROJECTIONS)}")

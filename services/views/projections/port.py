@@ -1,7 +1,7 @@
-"""What a projection is: a named, deterministic fold of the log into tables of its own.
+"""What a projection is: a named, deterministic fold of the log into its own tables.
 
-Every fold makes one check: per package, each event's sequence is the last one plus one. `known_packages` finds the last
-ones, and `follows` compares.
+Every fold checks that each event's sequence is its package's last one plus one. `known_packages` finds the last
+sequences, and `follows` compares.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from schemas.runs import Entry, FileFields
 from services.views.bulk import find_rows
 
 Tables = Mapping[str, Table]
-"""One build of a projection's tables, by the names that they have, or will have, when it is the live one."""
+"""One generation of a projection's tables, by the names that they have when that generation is live."""
 
 
 class Projection(Protocol):
-    """A fold. Its rows depend on the events alone: not on batch sizes, clocks, offsets, or the seeds of today."""
+    """A fold. Its rows depend only on the events: not on batch sizes, clocks, offsets, or the current seeds."""
 
     @property
     def name(self) -> str:
-        """The name that commands and checkpoints know it by."""
+        """The name in commands and checkpoints."""
 
     @property
     def layout(self) -> int:
-        """The number of the tables' layout; raised with every change to columns, or to what the fold writes."""
+        """The version of the tables' layout; raised with every change to columns, or to what the fold writes."""
 
     @property
     def tables(self) -> Sequence[Table]:
-        """The tables that are the projection's alone, in the order of its digest."""
+        """The tables that only this projection writes, in the order of its digest."""
 
     async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Entry]) -> None:
-        """Apply events, in order per package, to one build of the tables within the connection's transaction.
+        """Apply events, in order per package, to one generation of the tables within the connection's transaction.
 
-        Touches rows of the events' own packages only. Raises CorruptError when an event does not follow what was folded
-        before it: a gap, or an impossible order. A repeated event is skipped.
+        Touches only rows of the events' own packages, and totals that commute. A repeated event is skipped. Raises
+        CorruptError if an event does not follow the events folded before it: a gap, or an impossible order.
         """
 
 
 async def known_packages(
     connection: AsyncConnection, key: Column[UUID], columns: Sequence[Column[Any]], events: Sequence[Entry]
 ) -> dict[UUID, tuple[Any, ...]]:
-    """What a view holds of the events' packages: from package id to the values of `columns`.
+    """The view's values of `columns` for the events' packages, by package id.
 
-    When there are several events, packages whose first event is among them are left out: their rows are still to be
-    inserted. If such an event is a repeat, its package has a row already, and the insert fails. The batch is then
-    folded event by event, and the repeat is recognised.
+    If there are several events, packages whose first event is among them are left out: their rows are yet to be
+    inserted. If such a first event is a repeat, its package has a row already, and the insert fails. The batch is then
+    halved down to single events, and the repeat is recognised.
     """
     if len(events) == 1:
         return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], [events[0].package_id])}
@@ -70,9 +70,9 @@ async def known_packages(
 
 
 def follows(event: Entry, last_sequence: int) -> bool:
-    """Whether the event is the one after `last_sequence` (0: the package is not known); False when it is a repeat.
+    """Whether the event is the one after `last_sequence` (0: the package is unknown); False if it is a repeat.
 
-    Mirrors repeat records, so a fold skips a repeated event. Raises CorruptError: it is neither.
+    Tools that mirror a topic repeat records, so a fold skips repeated events. Raises CorruptError: it is neither.
     """
     if 1 <= event.sequence <= last_sequence:
         return False

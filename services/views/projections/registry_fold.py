@@ -1,7 +1,7 @@
-"""The registry: packages, files, where their bytes lie, and manifests.
+"""The registry: packages, files, storage locations and manifests.
 
-Nearly all of its rows are the two of a file: one in `artifact_files`, one in `storage_locations`. On PostgreSQL they
-are encoded in the format of its binary `COPY`, straight from the bytes of the record.
+Nearly all of its rows belong to files: each has one in `artifact_files` and one in `storage_locations`. For PostgreSQL
+they are encoded for its binary `COPY`, straight from the bytes of the record.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from services.views.tables import artifact_files, artifact_manifests, artifact_p
 
 @dataclass(slots=True)
 class _Change:
-    """What a batch makes of one package. `created` is set for a package that the batch itself begins."""
+    """The state of one package after the batch. `created` is set if the batch itself creates the package."""
 
     last_sequence: int
     status: str
@@ -44,7 +44,7 @@ class RegistryProjection:
     tables: Sequence[Table] = (artifact_packages, artifact_files, storage_locations, artifact_manifests)
 
     async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Entry]) -> None:
-        """As `Projection.fold`: a few statements a batch, however many events there are."""
+        """As `Projection.fold`. Takes a few statements a batch, however many events there are."""
         packages = tables["artifact_packages"]
         columns = (packages.c.last_event_sequence, packages.c.status)
         known = await known_packages(connection, packages.c.id, columns, events)
@@ -57,7 +57,7 @@ class RegistryProjection:
 
 
 def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> tuple[list[FileFields], list[Row]]:
-    """Update `changes` by the events. Returns the files among them, and the rows of manifests."""
+    """Update `changes` with the events. Returns the files among the events, and the rows of manifests."""
     files: list[FileFields] = []
     manifests: list[Row] = []
     change: _Change | None = None
@@ -84,7 +84,7 @@ def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> tuple
 
 def _follow(changes: dict[UUID, _Change], entry: Entry) -> _Change:
     change = changes.get(entry.package_id)
-    if change is None and isinstance(entry, Event):  # `follows` made sure that the first event is no file
+    if change is None and isinstance(entry, Event):  # `follows` made sure that the first event is not a file
         change = changes[entry.package_id] = _Change(0, CREATED, entry)
     if change is None or change.status != CREATED:
         raise CorruptError(f"package {entry.package_id}: event {entry.sequence} follows its finalization")
@@ -113,7 +113,7 @@ def _package(event: Event, change: _Change) -> Row:
 
 
 async def _update(connection: AsyncConnection, packages: Table, changes: dict[UUID, _Change]) -> None:
-    """Bring the packages that earlier batches began up to date: one statement for each kind of change."""
+    """Update the rows of packages that earlier batches created: one statement for each kind of change."""
     row = packages.c
     before = [(package_id, change) for package_id, change in changes.items() if not change.created]
     advanced = [(package_id, c.last_sequence) for package_id, c in before if c.status == CREATED]
@@ -135,25 +135,25 @@ _ADDRESS_BYTES = len(_ADDRESS) + 64
 
 @lru_cache(_SHAPES)
 def _file_row(path: int, media_type: int) -> Callable[..., bytes]:
-    """Makes a row of `artifact_files` whose texts have these lengths: each column's length and value in their order."""
+    """Packs a row of `artifact_files` whose texts have these lengths (bytes): each column's length, then its value."""
     return Struct(f">h i16s i16s i{path}s i{media_type}s iq i32s i32s iq").pack
 
 
 @lru_cache(_SHAPES)
 def _location_row(backend_id: int, key: int) -> Callable[..., bytes]:
-    """As `_file_row`, for `storage_locations`; the content address is in two parts."""
+    """As `_file_row`, for `storage_locations`. The content address is given as prefix and hex digits."""
     return Struct(f">h i16s i16s i{backend_id}s i{len(_ADDRESS)}s64s i{key}s iq iq iq").pack
 
 
 async def insert_files(
     connection: AsyncConnection, files: Table, locations: Table, found: Sequence[FileFields]
 ) -> None:
-    """Insert both rows of every file. As `insert_rows`."""
+    """Insert both rows of every file. Fails as `insert_rows`."""
     if not found:
         return
     if on_postgresql(connection):
-        # By their first column, the key: neighbours in its index are then written one after the other, which saves the
-        # database a fifth of its work. What is built beside the live view has no index yet.
+        # Sorted by the first column, the key, so that neighbours in its index are written one after the other. That
+        # saves the database a fifth of its work. A build has no index yet.
         ordered = sorted if files is artifact_files else iter
         await copy_encoded(connection, files, ordered(_encoded_files(found)))
         await copy_encoded(connection, locations, ordered(_encoded_locations(found)))

@@ -1,7 +1,7 @@
-"""Retention: one row a package, saying until when it must be kept; computed from events alone.
+"""Retention: one row for each package, which says until when it must be kept; computed only from events.
 
-A package counts from its creation while it is open, and from its finalization after that. The period is the one that
-its creation recorded, whatever the seeded classes say today.
+The period counts from the package's creation while it is open, and from its finalization afterwards. Its length is the
+one that was recorded at the creation, whatever the seeded classes say now.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RetentionProjection:
     tables: Sequence[Table] = (retention_state,)
 
     async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Entry]) -> None:
-        """As `Projection.fold`: at most three statements a batch."""
+        """As `Projection.fold`. Takes at most three statements a batch."""
         table = tables["retention_state"]
         row = table.c
         columns = (row.last_event_sequence, row.retention_class, row.retention_days, row.counted_from)
@@ -80,7 +80,7 @@ def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> None:
 
 
 async def _update(connection: AsyncConnection, table: Table, changes: dict[UUID, _Change]) -> None:
-    """Bring the packages that earlier batches began up to date, in one statement."""
+    """Update the rows of packages that earlier batches created, in one statement."""
     row = table.c
     await update_rows(
         connection,

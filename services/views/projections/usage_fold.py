@@ -1,7 +1,7 @@
-"""Usage: how many packages, files and bytes came in, per producer, retention class and day of the events' time.
+"""Usage: the number of packages, files and bytes received, per producer, retention class and day of the events' time.
 
-The totals of one producer are shared by packages of all partitions, so they are only ever added to: whatever order
-packages come in, the sums are the same. An event that was applied twice would show here for good.
+The totals of one producer are shared by packages of all partitions, so folds only add to them: the sums do not depend
+on the order of packages. An event that was applied twice would show here for ever.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DAY = 86_400_000_000
 
 _MEASURES = ("packages", "files", "bytes")
 _TOTALS_AT_ONCE = 1000
-"""Rows in one statement: six values each, below what either database takes (32,766 parameters)."""
+"""Rows in one statement: with six values each, it stays below both databases' limit (32,766 parameters)."""
 
 _Key = tuple[str, str, int]
 
@@ -39,14 +39,14 @@ class _Package:
 
 
 class UsageProjection:
-    """`usage_totals`, and in `usage_packages` what a package's next event is counted under."""
+    """`usage_totals`, and `usage_packages` with the producer and class under which a package's events are counted."""
 
     name = "usage"
     layout = 1
     tables: Sequence[Table] = (usage_totals, usage_packages)
 
     async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Entry]) -> None:
-        """As `Projection.fold`. The totals come last: until the transaction ends, other folds of them wait."""
+        """As `Projection.fold`. The totals are written last: until the transaction ends, other folds wait for them."""
         table = tables["usage_packages"]
         row = table.c
         columns = (row.last_event_sequence, row.producer, row.retention_class)
@@ -83,7 +83,10 @@ def _follow_all(packages: dict[UUID, _Package], totals: dict[_Key, list[int]], e
 
 
 def _total(totals: dict[_Key, list[int]], package: _Package, event: Entry) -> list[int]:
-    """What the batch adds for the package's producer and class on the event's day: packages, files, bytes."""
+    """What the batch adds to the totals of the package's producer and class on the event's day.
+
+    The items are packages, files and bytes.
+    """
     key = (package.producer, package.retention_class, event.created_at // DAY)
     found = totals.get(key)
     if found is None:
@@ -92,13 +95,13 @@ def _total(totals: dict[_Key, list[int]], package: _Package, event: Entry) -> li
 
 
 async def _advance(connection: AsyncConnection, table: Table, packages: Mapping[UUID, _Package]) -> None:
-    """Bring the packages that earlier batches began up to date, in one statement."""
+    """Update the rows of packages that earlier batches created, in one statement."""
     advanced = [(package_id, p.last_sequence) for package_id, p in packages.items() if not p.begun_here]
     await update_rows(connection, [table.c.package_id, table.c.last_event_sequence], advanced)
 
 
 async def _add(connection: AsyncConnection, table: Table, totals: Mapping[_Key, Sequence[int]]) -> None:
-    """Add to the totals, in one order for all folds, so that no two wait for each other."""
+    """Add to the totals, in the same order in all folds, so that they cannot deadlock."""
     rows = [(*key, *sums) for key, sums in sorted(totals.items())]
     for start in range(0, len(rows), _TOTALS_AT_ONCE):
         put = upsert(connection, table).values(rows[start : start + _TOTALS_AT_ONCE])
@@ -106,7 +109,7 @@ async def _add(connection: AsyncConnection, table: Table, totals: Mapping[_Key, 
             index_elements=list(table.primary_key.columns),
             set_={name: table.c[name] + put.excluded[name] for name in _MEASURES},
         )
-        if on_postgresql(connection):  # which refuses a sum that no column takes
+        if on_postgresql(connection):  # it refuses a sum that does not fit the column
             await connection.execute(adding)
             continue
         kinds = [func.typeof(table.c[name]) for name in _MEASURES]
