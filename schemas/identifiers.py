@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from binascii import hexlify
-from collections.abc import Iterable
-from hashlib import sha1
-from struct import Struct
 from uuid import UUID, uuid5
 
 _PACKAGES = UUID("6f1d7c1e-54a4-5d0b-9a53-6d3f0a4c2b11")
 """Namespace of package ids; drawn once, fixed for good."""
-
-_VERSION = bytes(byte & 0x0F | 0x50 for byte in range(256))
-_VARIANT = bytes(byte & 0x3F | 0x80 for byte in range(256))
-_GROUPS = Struct("8s4s4s4s12s8x")
-"""The hex digits of a UUID in a SHA-1, of which the last are of no use."""
-
-DERIVED_BYTES = 20
-"""From one of `derived_all` to the next."""
 
 
 def package_id(sender: str, command_id: UUID) -> UUID:
@@ -46,14 +34,3 @@ def file_id(package: UUID, relative_path: str) -> UUID:
 def location_id(file: UUID, backend_id: str, key: str, offset: int, length: int) -> UUID:
     """The id of one place where the file's bytes lie."""
     return uuid5(file, f"location:{backend_id}:{key}:{offset}:{length}")
-
-
-def derived_all(names: Iterable[bytes]) -> tuple[bytes, list[bytes]]:
-    """What `uuid5` gives for each name, a namespace's 16 bytes before it: the numbers' bytes, and the texts.
-
-    The bytes of one begin DERIVED_BYTES after those of the one before. Together they take a quarter of the time.
-    """
-    found = bytearray(b"".join([sha1(name, usedforsecurity=False).digest() for name in names]))
-    found[6::DERIVED_BYTES] = found[6::DERIVED_BYTES].translate(_VERSION)
-    found[8::DERIVED_BYTES] = found[8::DERIVED_BYTES].translate(_VARIANT)
-    return bytes(found), list(map(b"-".join, _GROUPS.iter_unpack(hexlify(found))))

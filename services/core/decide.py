@@ -53,7 +53,7 @@ from artifact_store.rules import (
 )
 from schemas import identifiers
 from schemas.digests import DIGEST_BYTES, items_digest, payload_digest
-from schemas.runs import CommandFiles, FileRun, StoredFile
+from schemas.runs import CommandFiles, FileRun, StoredFile, file_ids
 from services.core.access import EVERYTHING, Grants, Right, no_package, require, scope
 from services.core.lifecycle import MICROS_PER_DAY, retention_class
 from services.core.state import ABANDONED, CREATED, CommandState, PackageState, manifest_item, manifest_of
@@ -528,4 +528,5 @@ def _ingested(state: PackageState, done: CommandState, command: IngestFiles) -> 
 
 def _identified(command: IngestFiles) -> list[tuple[UUID, StoredFile]]:
     """The command's files, each with its identifier."""
-    return [(identifiers.file_id(command.package_id, file.relative_path), file) for file in command.files]
+    ids = file_ids(command.package_id, [file.relative_path for file in command.files])
+    return list(zip(ids, command.files, strict=True))

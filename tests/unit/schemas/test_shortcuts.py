@@ -36,7 +36,8 @@ from artifact_store.rules import holds_control
 from schemas.codec import decode, encode, schema_text
 from schemas.digests import event_digest
 from schemas.headers import headers, headers_all
-from schemas.runs import CommandFiles, FileRun, StoredFile, avro_long, encode_all
+from schemas.identifiers import file_id
+from schemas.runs import CommandFiles, FileRun, StoredFile, avro_long, encode_all, file_ids
 from services.core.decide import Limits, decide
 from services.core.state import evolve, manifest_item, receipt_item
 from tests.commands import create, ingest
@@ -169,6 +170,11 @@ def test_a_runs_headers_are_those_of_its_events(
     traces = [trace for _, files, _, trace, _ in commands for _ in files]
     found = [dict(each) for each in headers_all(run, _LOG, _ORIGIN, [trace for _, _, _, trace, _ in commands])]
     assert found == [headers(event, _LOG, _ORIGIN, trace) for event, trace in zip(run, traces, strict=True)]
+
+
+@given(st.uuids(), st.lists(_TEXT, max_size=4))
+def test_the_ids_of_many_files_are_those_of_each(package_id: UUID, paths: list[str]) -> None:
+    assert file_ids(package_id, paths) == [file_id(package_id, path) for path in paths]
 
 
 @given(_EVENT)
