@@ -26,14 +26,15 @@ _DELEGATED = {
 _FIRST_VERSION = {second: first for first, second in _DELEGATED.items()}
 
 
-def type_with(event_type: str, principal: str | None) -> str:
-    """The version of this type (in version 1) that an event with this principal has."""
-    return event_type if principal is None else _DELEGATED[event_type]
-
-
 def first_version(event_type: str) -> str:
     """The type in version 1: what happened, whoever asked for it."""
     return _FIRST_VERSION.get(event_type, event_type)
+
+
+def type_with(event_type: str, principal: str | None) -> str:
+    """The version of this type (given in any version) that an event with this principal has."""
+    first = first_version(event_type)
+    return first if principal is None else _DELEGATED[first]
 
 
 NO_DIGEST = bytes(32)

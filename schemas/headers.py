@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from uuid import UUID
 
-from artifact_store.events import Event, PackageCreated, first_version, type_with
+from artifact_store.events import Event, PackageCreated, type_with
 from schemas.codec import schema_fingerprint
 from schemas.digests import event_digest
 from schemas.runs import FileRun, commands_of, first_of
@@ -40,7 +40,6 @@ def headers_all(
     what the package was created as; None for administrative events, which have no package.
     """
     shared = first_of(events)
-    event_type = first_version(shared.event_type)
     found: Headers = {
         "event_type": None,
         "event_version": None,
@@ -62,7 +61,7 @@ def headers_all(
         found["retention_class"] = created.retention_class.encode()
     digests = iter(events.digests if isinstance(events, FileRun) else map(event_digest, events))
     for command, traceparent in zip(commands_of(events), traceparents, strict=True):
-        found |= _of_type(type_with(event_type, command.principal))
+        found |= _of_type(shared.event_type, command.principal)
         found["command_id"] = str(command.command_id).encode()
         found["command_count"] = b"%d" % command.command_count
         found.pop("traceparent", None)
@@ -89,9 +88,10 @@ def dataschema(event_type: str) -> str:
     return f"{_SCHEMA}{schema_fingerprint(event_type).hex()}"
 
 
-@lru_cache(8)
-def _of_type(event_type: str) -> Headers:
-    """The headers that follow from the type. Do not change them."""
+@lru_cache(64)
+def _of_type(event_type: str, principal: str | None) -> Headers:
+    """The headers that follow from the type that an event with this principal has. Do not change them."""
+    event_type = type_with(event_type, principal)
     return {
         "event_type": event_type.encode(),
         "event_version": event_version(event_type).encode(),

@@ -27,7 +27,6 @@ from artifact_store.events import (
     Payload,
     RecordedEvent,
     StorageReceipt,
-    first_version,
     type_with,
 )
 from artifact_store.position import Position
@@ -215,7 +214,7 @@ def parse_event(line: bytes | str) -> RecordedEvent:
     """Read such a line. Raises CorruptError when it is no event that this version knows."""
     try:
         shape = _ADAPTER.validate_json(line)
-        if shape.type != type_with(first_version(shape.type), shape.principal):
+        if shape.type != type_with(shape.type, shape.principal):
             raise ValueError("version and principal do not belong together")
         return RecordedEvent(
             event_id=shape.id,

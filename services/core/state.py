@@ -177,7 +177,11 @@ def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
     """
     if isinstance(event, Event) and isinstance(event.payload, FileIngested):
         event = FileRun.of(event, event.payload)
-    event_type = first_version(event.event_type)
+    digests: Sequence[bytes]
+    if isinstance(event, FileRun):
+        event_type, digests = event.event_type, event.digests
+    else:
+        event_type, digests = first_version(event.event_type), (event_digest(event),)
     if state is None:
         state = _created(event)
     elif event_type == PACKAGE_CREATED:
@@ -187,12 +191,9 @@ def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
     _check_commands(state, event, commands)
     if isinstance(event, FileRun):
         _add_files(state, event)
-        digests = event.digests
-    else:
-        digests = (event_digest(event),)
-        if isinstance(event.payload, PackageFinalized):
-            state.status = FINALIZED
-            state.manifest_digest = event.payload_digest
+    elif isinstance(event.payload, PackageFinalized):
+        state.status = FINALIZED
+        state.manifest_digest = event.payload_digest
     for command in commands:
         known = state.commands.get(command.command_id)
         if known is None:
