@@ -8,6 +8,7 @@ Only bytes that never became a blob are removed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import random
 import signal
@@ -70,9 +71,15 @@ async def run(
     Without `stop`, SIGTERM and SIGINT end it. `ready` is called with the URL once the gateway listens. `member`: this
     is one of several processes of a gateway. `metrics` may hold those of others in this process; all are shown.
 
+    The addresses are tried before the parts are opened: a gateway that nobody could reach takes no partitions.
+
     Raises ConfigurationError: the settings forbid the interface, or the address is taken; UnavailableError.
     """
-    listen_address(settings)
+    address = listen_address(settings)
+    if member is None:
+        _try_address(address, "ARTIFACT_STORE_LISTEN")
+        if settings.metrics_listen is not None:
+            _try_address(settings.metrics_listen, "ARTIFACT_STORE_METRICS_LISTEN")
     if stop is None:
         with stopped_by_signals() as stopped:
             async with parts(settings, metrics=metrics) as opened:
@@ -272,6 +279,27 @@ def bound_socket(settings: Settings) -> socket.socket:
         return socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise _no_address(address.host, address.port, error) from error
+
+
+def _try_address(address: ListenAddress, setting: str) -> None:
+    """Raises ConfigurationError if nothing can listen there. Blocks on a resolver, unless the host is an address."""
+    failed = []
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise _no_address(address.host, address.port, error, setting) from error
+    for family, kind, protocol, _, where in found:
+        try:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                tried.bind(where)
+        except OSError as error:
+            failed.append(error)
+    taken = [error for error in failed if error.errno == errno.EADDRINUSE]
+    if taken or len(failed) == len(found):  # a machine may lack one of the protocols that a name stands for
+        raise _no_address(address.host, address.port, (taken or failed)[0], setting)
 
 
 def _no_address(host: str, port: int, error: OSError, setting: str = "ARTIFACT_STORE_LISTEN") -> ConfigurationError:

@@ -85,15 +85,30 @@ def test_an_address_that_can_be_no_gateway_is_wrong_usage() -> None:
     assert b"http(s)://" in refused.stderr
 
 
-@pytest.mark.parametrize("command", ["serve", "gateway"])
-def test_an_address_that_is_taken_is_said_in_one_line(embedded_settings: Settings, command: str) -> None:
+def test_an_address_that_is_taken_is_said_in_one_line(embedded_settings: Settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         settings = replace(embedded_settings, listen=f"127.0.0.1:{port}")
-        refused = run_command(settings, command, "--json")
+        refused = run_command(settings, "serve", "--json")
     assert refused.returncode == 2
     assert b"Traceback" not in refused.stderr
     assert f"cannot listen on 127.0.0.1, port {port}" in json.loads(refused.stderr.splitlines()[-1])["detail"]
+
+
+@pytest.mark.parametrize("setting", ["listen", "metrics_listen"])
+def test_an_address_that_is_taken_is_said_before_partitions_change_hands(setting: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as broker:
+        port = taken.getsockname()[1]
+        where = {"listen": "127.0.0.1:0", setting: f"127.0.0.1:{port}"}
+        settings = Settings.from_env(log_url=f"kafka://127.0.0.1:{broker.getsockname()[1]}/artifacts", **where)
+        refused = run_command(settings, "gateway", "--json")
+        broker.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has asked the log
+            broker.accept()
+    assert refused.returncode == 2
+    detail = json.loads(refused.stderr.splitlines()[-1])["detail"]
+    assert f"cannot listen on 127.0.0.1, port {port}" in detail
+    assert detail.endswith(f"ARTIFACT_STORE_{setting.upper()} says where")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
