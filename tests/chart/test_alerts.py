@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -80,3 +81,12 @@ def test_the_chart_gives_the_rules_and_every_metrics_port_to_the_operator_when_a
         assert watched == {name for name in ports if name.startswith("metrics")}
     assert len(monitors) == len(pods)
     assert {"PodMonitor", "PrometheusRule"}.isdisjoint(document["kind"] for document in render())
+
+
+def test_the_chart_gives_the_dashboard_to_grafanas_sidecar_when_asked() -> None:
+    documents = render(value_sets()["full"])
+    (dashboard,) = (d for d in documents if "grafana_dashboard" in d["metadata"].get("labels", {}))
+    assert (dashboard["kind"], dashboard["metadata"]["labels"]["grafana_dashboard"]) == ("ConfigMap", "1")
+    text = dashboard["data"]["artifact-store.json"]
+    assert json.loads(text) == json.loads((RULES.parent / "dashboard.json").read_text(encoding="utf-8"))
+    assert not any("dashboard" in d["metadata"]["name"] for d in render(value_sets()["scaled"]))

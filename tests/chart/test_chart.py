@@ -235,7 +235,7 @@ def test_no_probe_gives_up_before_a_part_that_keeps_still_is_given_up(documents:
 
 def test_the_memory_of_a_gateway_is_enough_for_its_bounds(documents: list[dict[str, Any]]) -> None:
     (container,) = containers(_gateway(documents))
-    (settings,) = (document["data"] for document in documents if document["kind"] == "ConfigMap")
+    settings = _settings(documents)
     processes = int(container["args"][-1]) if "args" in container else 1
     partitions = int(settings.get("ARTIFACT_STORE_KAFKA_PARTITIONS", Settings().kafka_partitions))
     # An entry of a partition's state takes about 1 KiB; what a process takes besides is said in docs/operating.md.
@@ -272,7 +272,7 @@ def test_processes_that_touch_no_blob_hold_no_key_of_the_store(command: str, doc
 
 def test_every_pod_trusts_the_given_authority() -> None:
     documents = render(SETS["full"])
-    kafka = json.loads(_named(documents, "ConfigMap")["data"]["ARTIFACT_STORE_KAFKA_OPTIONS"])
+    kafka = json.loads(_settings(documents)["ARTIFACT_STORE_KAFKA_OPTIONS"])
     for spec in (spec for document in documents for spec in pod_specs(document)):
         (container,) = spec["containers"]
         (volume,) = (volume for volume in spec["volumes"] if volume["name"] == "trusted")
@@ -393,7 +393,7 @@ def test_the_migration_needs_nothing_of_the_release_it_runs_before(documents: li
 
 
 def test_the_migration_has_the_settings_of_the_processes(documents: list[dict[str, Any]]) -> None:
-    (settings,) = (document["data"] for document in documents if document["kind"] == "ConfigMap")
+    settings = _settings(documents)
     for job in (document for document in documents if document["kind"] == "Job"):
         (container,) = containers(job)
         assert settings.items() <= environment(container, documents).items()
@@ -523,6 +523,14 @@ def test_a_changed_setting_starts_new_pods() -> None:
     )
     assert len(before) == len(after) == 1
     assert before != after
+
+
+def _settings(documents: list[dict[str, Any]]) -> dict[str, str]:
+    """What the one ConfigMap of settings holds."""
+    maps = (d["data"] for d in documents if d["kind"] == "ConfigMap")
+    settings: dict[str, str]
+    (settings,) = (data for data in maps if "ARTIFACT_STORE_LOG_URL" in data)
+    return settings
 
 
 def _named(documents: list[dict[str, Any]], kind: str, suffix: str = "") -> dict[str, Any]:
