@@ -35,6 +35,7 @@ from minio.time import to_amz_date, to_signer_date
 from tenacity import (
     AsyncRetrying,
     retry_if_exception_type,
+    retry_if_not_exception_type,
     stop_after_attempt,
     stop_after_delay,
     wait_exponential_jitter,
@@ -69,6 +70,10 @@ _T = TypeVar("_T")
 
 class StoreTroubleError(UnavailableError):
     """A temporary failure: another attempt makes sense."""
+
+
+class StoreSilentError(StoreTroubleError):
+    """The store gave no answer in the time that a request has: another attempt would make the caller wait as long."""
 
 
 class AccessRefusedError(UnavailableError):
@@ -219,8 +224,8 @@ class S3Requests:
         """Send a request until it is answered with one of the statuses in `expect`, and return that answer.
 
         `seconds` bounds the wait for an answer; a body adds time for its transfer. After that time no further attempt
-        begins, so that a store that hangs does not cost the wait several times. A body that is put comes with its
-        CRC-32 where the headers hold no checksum.
+        begins, and none after an attempt without an answer, so that a store that hangs costs the wait once. A body that
+        is put comes with its CRC-32 where the headers hold no checksum.
 
         Raises:
             UnavailableError: the store cannot be reached, is full, or answers otherwise.
@@ -258,12 +263,16 @@ class S3Requests:
     ) -> _T:
         """Repeat an idempotent request, after a short pause, while it raises StoreTroubleError before `seconds`.
 
+        StoreSilentError ends it.
+
         Retrying is set up only when needed: it costs as much as a small request, and hardly any is sent twice.
         """
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
             return await act()
+        except StoreSilentError:
+            raise
         except StoreTroubleError as error:
             failed: StoreTroubleError | None = error
 
@@ -275,7 +284,7 @@ class S3Requests:
             return await act()
 
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(StoreTroubleError),
+            retry=retry_if_exception_type(StoreTroubleError) & retry_if_not_exception_type(StoreSilentError),
             stop=stop_after_attempt(attempts or self._attempts) | stop_after_delay(seconds - (clock() - began)),
             wait=wait_exponential_jitter(multiplier=0.1, max=2.0, jitter=0.1),
             reraise=True,
@@ -523,8 +532,11 @@ class _Explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        kind_of_trouble = StoreTroubleError
         if isinstance(error, TimeoutError):
             reason = f"gave no answer in time (at most {self._limit:.0f} s, {CONNECT_SECONDS:.0f} s to connect)"
+            if not isinstance(error, aiohttp.ConnectionTimeoutError):
+                kind_of_trouble = StoreSilentError
         elif isinstance(error, aiohttp.ClientSSLError):
             # Not trouble that passes by itself. The number in it is one of OpenSSL's, not of the system's.
             raise self._requests.unavailable(_insecure(error)) from None
@@ -535,7 +547,7 @@ class _Explained:
             reason = f"was lost in the middle of a request ({type(error).__name__})"
         else:
             return
-        raise StoreTroubleError(str(self._requests.unavailable(reason))) from None
+        raise kind_of_trouble(str(self._requests.unavailable(reason))) from None
 
 
 def _insecure(error: aiohttp.ClientSSLError) -> str:

@@ -70,6 +70,7 @@ from services.blobs.s3.requests import (
     AccessRefusedError,
     Endpoint,
     S3Requests,
+    StoreSilentError,
     StoreTroubleError,
     crc32_text,
     find_object,
@@ -193,6 +194,8 @@ class S3BlobStore:
                     async for chunk in response.content.iter_chunked(PIECE_BYTES):
                         offset += len(chunk)
                         yield chunk
+            except StoreSilentError:
+                raise
             except StoreTroubleError as error:
                 trouble = error
             else:
