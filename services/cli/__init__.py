@@ -1,25 +1,59 @@
-"""The command line `artifact-store`: one file a command group; each command imports what is heavy itself."""
+"""The command line `artifact-store`: one file a command group.
+
+A command's file is loaded when the command is called, and each command imports what is heavy itself.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
+
 import click
 
-from services.cli.archive import log
 from services.cli.command import Root, common_options
-from services.cli.doctor import doctor
-from services.cli.login import login, logout, whoami
-from services.cli.read import manifest, packages, show, tail, usage
-from services.cli.repair import parked
-from services.cli.replay import digest, replay
-from services.cli.run import gateway, migrate, projector, serve, webhooks
-from services.cli.status import status
-from services.cli.subscribe import subscriptions
-from services.cli.tokens import policy, tokens
-from services.cli.transfer import add, finalize, pull, push
-from services.cli.verify import verify
 from services.config import declarations
 
 __all__ = ["main"]
+
+_FILES = {
+    "transfer": ("push", "add", "finalize", "pull"),
+    "read": ("packages", "show", "manifest", "usage", "tail"),
+    "run": ("serve", "gateway", "projector", "webhooks", "migrate"),
+    "subscribe": ("subscriptions",),
+    "login": ("login", "logout", "whoami"),
+    "tokens": ("tokens", "policy"),
+    "replay": ("replay", "digest"),
+    "verify": ("verify",),
+    "repair": ("parked",),
+    "archive": ("log",),
+    "status": ("status",),
+    "doctor": ("doctor",),
+}
+
+
+class _Commands(MutableMapping[str, click.Command]):
+    """The commands by name. A command's file is imported when the command is looked up."""
+
+    def __init__(self) -> None:
+        self._files = {name: file for file, names in _FILES.items() for name in names}
+        self._found: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._found:
+            self._found[name] = getattr(import_module(f"{__name__}.{self._files[name]}"), name)
+        return self._found[name]
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._found[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def _version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -30,7 +64,9 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
         context.exit()
 
 
-@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    cls=Root, commands=_Commands(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
 )
@@ -41,13 +77,3 @@ def main() -> None:
     Every setting is a flag and an environment variable: --log-url is ARTIFACT_STORE_LOG_URL. A file of settings is read
     when --env-file names it.
     """
-
-
-for _command in (
-    *(push, add, finalize, pull, packages, show, manifest, usage, tail),
-    *(serve, gateway, projector, webhooks, migrate),
-    subscriptions,
-    *(login, logout, whoami, tokens, policy),
-    *(replay, digest, verify, parked, log, status, doctor),
-):
-    main.add_command(_command)

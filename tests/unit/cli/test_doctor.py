@@ -64,8 +64,7 @@ def test_doctor_imports_what_is_heavy_before_the_time_of_its_looks_runs(
     """On a machine that has too much to do that takes longer than a part may take to answer."""
     code = """
 import sys
-from services.cli import main
-doctor = sys.modules["services.cli.doctor"]
+from services.cli import doctor, main
 looked, at_first = doctor._looked, []
 def look(*given):
     at_first.append(set(sys.modules))
