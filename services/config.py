@@ -25,7 +25,6 @@ from artifact_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from dotenv.parser import Binding
-    from pydantic import SecretStr
 
     from services.runtime.addresses import ListenAddress
 
@@ -35,6 +34,20 @@ _TIB = 1 << 40
 _KIB = 1 << 10
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class SecretStr:
+    """Secret text, which neither `str` nor `repr` shows. Empty text is false."""
+
+    text: str = field(repr=False)
+
+    def get_secret_value(self) -> str:
+        """The text."""
+        return self.text
+
+    def __len__(self) -> int:
+        return len(self.text)
 
 
 def setting(
@@ -109,8 +122,6 @@ def header_text(value: Any) -> str:
 
 def secret_text(value: Any) -> SecretStr:
     """Read text that is sent in a header and never shown."""
-    from pydantic import SecretStr
-
     return value if isinstance(value, SecretStr) else SecretStr(header_text(value))
 
 
@@ -398,8 +409,6 @@ class Settings:
 
         That process reads no file: these are all settings, and a pipe can be read only once.
         """
-        from pydantic import SecretStr
-
         found = {}
         for name in declarations():
             value = getattr(self, name)
@@ -449,12 +458,14 @@ def _of_file(path: Path) -> dict[str, str]:
 
 def _refuse_unnamed(path: Path) -> None:
     """Raises ConfigurationError when a file that nobody named has settings: its owner may think that they hold."""
-    from dotenv.parser import parse_stream
-
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     except OSError:
         return
+    if not text:
+        return
+    from dotenv.parser import parse_stream
+
     names = {line.key for line in parse_stream(StringIO(text)) if line.key is not None and line.key.startswith(PREFIX)}
     if names:
         raise ConfigurationError(

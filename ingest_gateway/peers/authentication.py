@@ -17,11 +17,10 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from aiohttp import web
-from pydantic import SecretStr
 
 from artifact_store.errors import ConfigurationError, UnavailableError
 from artifact_store.rules import is_loopback
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.runtime import tls
 
 PEER_NAME = "artifact-store-gateway"

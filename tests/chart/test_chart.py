@@ -11,12 +11,11 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from pydantic import SecretStr
 
 from ingest_gateway.health import CHECK_SECONDS
 from ingest_gateway.server import DRAIN_SECONDS
 from services.cli import main
-from services.config import PREFIX, Settings, declarations
+from services.config import PREFIX, SecretStr, Settings, declarations
 from services.log.kafka.writer import SNAPSHOT_SECONDS
 from services.log.sequencer.queue import MAX_WAITING_BYTES
 from services.log.state.partition_state import MAX_ENTRIES

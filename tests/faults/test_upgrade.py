@@ -22,10 +22,9 @@ from uuid import UUID, uuid4
 import aiohttp
 import pytest
 from blake3 import blake3
-from pydantic import SecretStr
 
 from artifact_store.documents.resumable_uploads import encode_metadata
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.log.kafka.connection import SESSION_TIMEOUT_MS
 from tests.faults.http_load import Load
 from tests.faults.previous_release import AnyRelease, PreviousRelease

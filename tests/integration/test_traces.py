@@ -12,9 +12,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
-from pydantic import SecretStr
 
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.views.projections import PROJECTIONS
 from tests.integration.conditions import until
 from tests.integration.processes import ProductProcess, output_of, partitions_of

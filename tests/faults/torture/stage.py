@@ -22,9 +22,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
 
-from pydantic import SecretStr
-
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.runtime.addresses import ListenAddress
 from services.views.projections import PROJECTIONS
 from tests.faults.peers import SplitCluster

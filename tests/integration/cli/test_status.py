@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 
 from artifact_store.documents.times import from_text
 from artifact_store.errors import ConfigurationError
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.log.state.restore import FROM_FILE, FROM_LOG
 from services.views.projections import PROJECTIONS
 from tests.contract.log_stage import PATIENCE_SECONDS

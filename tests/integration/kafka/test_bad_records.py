@@ -16,7 +16,6 @@ from uuid import uuid4
 
 import pytest
 from confluent_kafka import Producer
-from pydantic import SecretStr
 
 from artifact_store.errors import (
     BadRecordError,
@@ -28,7 +27,7 @@ from artifact_store.errors import (
 )
 from artifact_store.models import Acknowledgement
 from schemas.codec import decode, encode
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.core.decide import Command
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.connection import make_consumer

@@ -14,7 +14,6 @@ from uuid import UUID
 
 import aiohttp
 import pytest
-from pydantic import SecretStr
 
 from artifact_store.errors import (
     ConfigurationError,
@@ -38,7 +37,7 @@ from ingest_gateway.peers.forwarding import (
 )
 from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
 from schemas.identifiers import file_id
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.core import wire
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
 from services.core.decide import Command, CreatePackage, FinalizePackage

@@ -15,12 +15,11 @@ from uuid import UUID, uuid4
 
 import pytest
 from confluent_kafka import Producer, TopicPartition
-from pydantic import SecretStr
 
 from artifact_store.errors import ConflictError, CorruptError, InvalidRequestError, LogLostError
 from artifact_store.events import Event, LossAccepted
 from services.blobs.port import BlobStore
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.driver import PartitionLease
 from services.log.kafka.tail import Reader

@@ -19,7 +19,6 @@ import aiohttp
 import cbor2
 import pytest
 from aiohttp import web
-from pydantic import SecretStr
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from artifact_store.models import Acknowledgement
@@ -30,7 +29,7 @@ from ingest_gateway.peers.forwarding import COMMANDS_PATH, CONTENT_TYPE, WIRE_VE
 from ingest_gateway.peers.internal_listener import InternalListener
 from ingest_gateway.protocol.http_errors import answer_of
 from ingest_gateway.protocol.request import held
-from services.config import Settings
+from services.config import SecretStr, Settings
 from services.core.decide import Command
 from services.core.wire import VERSION, decode_acknowledgement, encode_acknowledgement, encode_command
 from services.runtime import tls
