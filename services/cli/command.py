@@ -8,6 +8,7 @@ is the one place where an error becomes a message and an exit code.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -495,6 +496,7 @@ class Root(click.Group):
                 raise  # the traceback is what whoever mends this needs
             complain_plainly("internal", _unforeseen(error), as_json=True)
             code = _FAILED
+        gc.freeze()  # all of it ends with the process: do not look for garbage in it
         sys.exit(code if isinstance(code, int) else 0)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

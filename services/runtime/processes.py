@@ -205,7 +205,6 @@ OLDER = 20
 
 
 def collect_rarely() -> None:
-    """For the start of a process that runs long: spare what exists by now, and look at the rest seldom."""
-    gc.collect()
+    """For the start of a process that runs long or makes much: spare what exists by now, look at the rest seldom."""
     gc.freeze()
     gc.set_threshold(YOUNG, OLDER, OLDER)
