@@ -288,19 +288,13 @@ async def parts(
 
 @asynccontextmanager
 async def registry(settings: Settings) -> AsyncIterator[Registry]:
-    """The registry of these settings, as `services.registry.open_registry` gives it."""
-    if settings.url is not None:
-        from artifact_store import Client
-
-        async with Client(settings.url, token_file=settings.token_file, ca=settings.ca) as remote:
-            yield remote
-    elif not is_embedded(settings):
+    """The registry on the embedded parts. Raises ConfigurationError for a Kafka log."""
+    if not is_embedded(settings):
         raise ConfigurationError(
             "a Kafka log is written through a gateway: start `artifact-store gateway` and set ARTIFACT_STORE_URL"
         )
-    else:
-        async with parts(settings) as opened:
-            yield opened.registry
+    async with parts(settings) as opened:
+        yield opened.registry
 
 
 def _sqlite_path(settings: Settings) -> Path:

@@ -13,34 +13,18 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from pydantic import ValidationError
-
 from artifact_store.archives.bundle import Bundle, Group, NamedFile
-from artifact_store.client.bodies import BodySource, Sending, send_body, source_of
+from artifact_store.client.bodies import BodySource, source_of
 from artifact_store.client.device_login import find_credentials
 from artifact_store.client.downloads import ContentStream, receive_manifest, verified
 from artifact_store.client.many_files import ask_known, name_files, receive_files, send_files
-from artifact_store.client.resumable import RESUMABLE_BYTES, send_resumably
-from artifact_store.client.spool import SPOOL_BYTES, Spool
-from artifact_store.client.stream import MEMORY_BYTES, FileStream, MemoryBacklog
-from artifact_store.client.subscribing import SubscriptionsClient
+from artifact_store.client.sending import Sending, send_body
 from artifact_store.client.transport import Answer, Notify, RetryPolicy, Transport, log_retry, read_answer
-from artifact_store.documents import http
+from artifact_store.documents import answers, http
 from artifact_store.documents.http import quoted
-from artifact_store.documents.shapes import (
-    CreatePackageRequest,
-    FileAnswer,
-    FileIngestedAnswer,
-    FilePageAnswer,
-    PackageAnswer,
-    PackageCreatedAnswer,
-    PackageFinalizedAnswer,
-    PackagePageAnswer,
-    UsagePageAnswer,
-)
 from artifact_store.errors import (
     CorruptError,
     DuplicateRelativePathError,
@@ -75,10 +59,20 @@ from artifact_store.registry import (
 )
 from artifact_store.rules import check_header_text, check_path, check_text, metadata_text
 
+if TYPE_CHECKING:
+    from artifact_store.client.stream import FileStream
+    from artifact_store.client.subscribing import SubscriptionsClient
+
+# A command that pushes or pulls does without pydantic, and most programs without streams and subscriptions: such
+# modules are imported where they are used.
+
 _OPEN = "created"
 _log = logging.getLogger(__name__)
 
 REMEMBERED_PACKAGES = 10_000
+
+RESUMABLE_BYTES = 64 << 20
+"""Files from this length on are sent in as many requests as it takes, if they can be read from any offset."""
 
 
 class Client(Registry):
@@ -111,6 +105,8 @@ class Client(Registry):
     @property
     def subscriptions(self) -> SubscriptionsClient:
         """Subscriptions: events that the gateway's side sends to a URL."""
+        from artifact_store.client.subscribing import SubscriptionsClient
+
         return SubscriptionsClient(self._transport)
 
     async def __aenter__(self) -> Client:
@@ -134,16 +130,17 @@ class Client(Registry):
         for field, text in (("name", name), ("producer", producer), ("subject", subject)):
             check_text(field, text)
         metadata_text(metadata, sys.maxsize)  # how large it may be is the gateway's to say
-        try:
-            request = CreatePackageRequest(
-                name=name, producer=producer, subject=subject, retention_class=retention_class, metadata=metadata
-            )
-        except ValidationError as error:
-            raise InvalidRequestError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
+        request = {
+            "name": name,
+            "producer": producer,
+            "subject": subject,
+            "retention_class": retention_class,
+            "metadata": metadata,
+        }
         answer = await self._transport.call(
-            "POST", "/v1/packages", headers=_write_headers(actor, command_id), json=request.model_dump()
+            "POST", "/v1/packages", headers=_write_headers(actor, command_id), json=request
         )
-        return self._acknowledged(read_answer(PackageCreatedAnswer, answer).to_acknowledgement())
+        return self._acknowledged(answers.created(answer.body))
 
     async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
         """Check by what the view shows. `ingest` asks the package's writer before it sends a large body."""
@@ -224,7 +221,7 @@ class Client(Registry):
             what=f"{relative_path!r} was lost on its way and its stream cannot be read again",
             command_id=command,
         )
-        done = read_answer(FileIngestedAnswer, answer).to_acknowledgement()
+        done = answers.ingested(answer.body)
         sent = declared.blake3 or sending.digest
         if sent is not None and done.files[0].blake3 != sent:
             raise CorruptError(f"{relative_path!r} did not arrive as it was sent; do not finalize {package_id}")
@@ -242,11 +239,13 @@ class Client(Registry):
         command: UUID,
     ) -> Acknowledgement:
         """Send a large file in as many requests as it takes. Bytes that an earlier run sent are not sent again."""
+        from artifact_store.client.resumable import send_resumably
+
         # With the digest declared, an upload of another file's bytes under this command is not continued.
         said = replace(declared, size_bytes=None, blake3=declared.blake3 or await body.blake3())
         fields = {**_write_headers(actor, command), **_declared_headers(said)}
         done = await send_resumably(self._transport, package_id, relative_path, media_type, body, length, fields)
-        return self._acknowledged(done.to_acknowledgement())
+        return self._acknowledged(done)
 
     async def ingest_files(
         self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
@@ -295,6 +294,9 @@ class Client(Registry):
         process. Without it they wait in memory, and the stream ends with UnavailableError once the gateway was away
         for the policy's `total_seconds`. `max_bytes` is how much may wait: 1 GiB in a spool, 64 MiB in memory.
         """
+        from artifact_store.client.spool import SPOOL_BYTES, Spool
+        from artifact_store.client.stream import MEMORY_BYTES, FileStream, MemoryBacklog
+
         backlog = MemoryBacklog() if spool is None else Spool(Path(spool), package_id)
         default = MEMORY_BYTES if spool is None else SPOOL_BYTES
         return FileStream(
@@ -310,11 +312,11 @@ class Client(Registry):
         answer = await self._transport.call(
             "POST", f"/v1/packages/{package_id}/finalize", headers=_write_headers(actor, command_id)
         )
-        return self._acknowledged(read_answer(PackageFinalizedAnswer, answer).to_acknowledgement())
+        return self._acknowledged(answers.finalized(answer.body))
 
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
         answer = await self._below(package_id, "", wait_sequence)
-        package = read_answer(PackageAnswer, answer).to_package()
+        package = answers.package(answer.body)
         self._written.seen(package_id, package.last_event_sequence)
         return package
 
@@ -333,7 +335,7 @@ class Client(Registry):
             "limit": limit,
             "cursor": cursor,
         }
-        return read_answer(PackagePageAnswer, await self._transport.call("GET", "/v1/packages", query=query)).to_page()
+        return answers.packages((await self._transport.call("GET", "/v1/packages", query=query)).body)
 
     async def list_usage(
         self,
@@ -343,6 +345,8 @@ class Client(Registry):
         limit: int = DEFAULT_PAGE,
         cursor: str | None = None,
     ) -> Page[UsageTotal]:
+        from artifact_store.documents.shapes import UsagePageAnswer
+
         query = {"producer": producer, "retention_class": retention_class, "limit": limit, "cursor": cursor}
         return read_answer(UsagePageAnswer, await self._transport.call("GET", "/v1/usage", query=query)).to_page()
 
@@ -354,13 +358,19 @@ class Client(Registry):
         cursor: str | None = None,
         wait_sequence: int | None = None,
     ) -> Page[File]:
+        from artifact_store.documents.shapes import FilePageAnswer
+
         answer = await self._below(package_id, "/files", wait_sequence, limit=limit, cursor=cursor)
         return read_answer(FilePageAnswer, answer).to_page()
 
     async def get_file_record(self, file_id: UUID) -> File:
+        from artifact_store.documents.shapes import FileAnswer
+
         return read_answer(FileAnswer, await self._transport.call("GET", f"/v1/files/{file_id}")).to_file()
 
     async def get_file_at(self, package_id: UUID, relative_path: str, *, wait_sequence: int | None = None) -> File:
+        from artifact_store.documents.shapes import FileAnswer
+
         check_path(relative_path)
         answer = await self._below(package_id, f"/files/{quoted(relative_path)}", wait_sequence)
         return read_answer(FileAnswer, answer).to_file()

@@ -18,15 +18,17 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from artifact_store.client.credentials import TOKEN_FILE, Credentials, TokenFile, check_secure, trust
-from artifact_store.documents.shapes import LoginIssuer
 from artifact_store.errors import ConfigurationError, UnauthenticatedError, UnavailableError
 from artifact_store.user_files import replace_privately, state_folder
+
+if TYPE_CHECKING:
+    from artifact_store.documents.shapes import LoginIssuer
 
 _DISCOVERY = "/.well-known/openid-configuration"
 _DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"

@@ -10,16 +10,11 @@ import aiohttp
 
 from artifact_store.archives.bundle import SMALL_FILE_BYTES, Bundle, Group, HeldFiles, NamedFile, StreamedFile
 from artifact_store.archives.tar import END, ArchiveLimits, TarReader, entries_of, tar_of, tar_of_small
-from artifact_store.client.bodies import BytesSource, Sending, send_body
-from artifact_store.client.transport import Transport, read_answer
-from artifact_store.documents.shapes import (
-    MAX_KNOWN,
-    TAR,
-    FilesIngestedAnswer,
-    IngestNamedRequest,
-    KnownBlobsAnswer,
-    NamedFileRequest,
-)
+from artifact_store.client.bodies import BytesSource
+from artifact_store.client.sending import Sending, send_body
+from artifact_store.client.transport import Transport
+from artifact_store.documents import answers
+from artifact_store.documents.http import MAX_KNOWN, TAR
 from artifact_store.errors import CorruptError, RejectedError, UnavailableError
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Acknowledgement
@@ -52,18 +47,20 @@ async def send_files(
         what="an archive was lost on its way and its stream cannot be read again",
         command_id=command_id,
     )
-    return (await asyncio.to_thread(read_answer, FilesIngestedAnswer, answer)).to_acknowledgement()
+    return await asyncio.to_thread(answers.ingested, answer.body)
 
 
 async def name_files(
     transport: Transport, package_id: UUID, files: Sequence[NamedFile], headers: Mapping[str, str]
 ) -> Acknowledgement:
     """Record files whose bytes are stored already. Raises what `Registry.ingest_named` raises."""
+    from artifact_store.documents.shapes import IngestNamedRequest, NamedFileRequest  # these load pydantic
+
     request = IngestNamedRequest(files=[NamedFileRequest.of(file) for file in files])
     answer = await transport.call(
         "POST", f"/v1/packages/{package_id}/files", headers=headers, json=request.model_dump(exclude_none=True)
     )
-    return (await asyncio.to_thread(read_answer, FilesIngestedAnswer, answer)).to_acknowledgement()
+    return await asyncio.to_thread(answers.ingested, answer.body)
 
 
 async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset[bytes]:
@@ -72,7 +69,7 @@ async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset
     for start in range(0, len(digests), MAX_KNOWN):
         addresses = [ContentAddress.of_digest(digest) for digest in digests[start : start + MAX_KNOWN]]
         answer = await transport.call("POST", "/v1/blobs/known", json={"addresses": addresses})
-        found |= read_answer(KnownBlobsAnswer, answer).to_digests()
+        found |= answers.known_blobs(answer.body)
     return frozenset(found)
 
 

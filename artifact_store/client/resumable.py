@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from uuid import UUID
 
-from artifact_store.client.bodies import BodySource, Sending
+from artifact_store.client.bodies import BodySource
+from artifact_store.client.sending import Sending
 from artifact_store.client.transport import Answer, Transport, read_answer, unavailable, with_retries
+from artifact_store.documents import answers
 from artifact_store.documents import resumable_uploads as names
 from artifact_store.documents.resumable_uploads import (
     DirectPartAnswer,
@@ -33,13 +35,10 @@ from artifact_store.documents.resumable_uploads import (
     WantedPart,
     encode_metadata,
 )
-from artifact_store.documents.shapes import FileIngestedAnswer
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError, UploadNotFoundError
 from artifact_store.errors import UploadOffsetError as MovedError
+from artifact_store.models import Acknowledgement
 from artifact_store.rules import parse_number
-
-RESUMABLE_BYTES = 64 << 20
-"""Files from this length on are sent in this way, if they can be read from any offset."""
 
 _BEGINNINGS = 3
 _READ_BACK_BYTES_PER_SECOND = 32 << 20
@@ -63,7 +62,7 @@ async def send_resumably(
     source: BodySource,
     length: int,
     fields: Mapping[str, str],
-) -> FileIngestedAnswer:
+) -> Acknowledgement:
     """Send the missing bytes until the file is in its package. `fields` are the headers of a single request.
 
     It continues while bytes arrive. Raises UnavailableError or PushBackError once none did for the policy's
@@ -110,7 +109,7 @@ class _Upload:
         self._patience = patience
         self._expect = True
 
-    async def send(self) -> FileIngestedAnswer:
+    async def send(self) -> Acknowledgement:
         """Add what is missing until the file is there."""
         stalled_since: float | None = None
         pause = self._transport.policy.first_pause_seconds
@@ -187,12 +186,12 @@ class _Upload:
         except (UnavailableError, PushBackError) as error:
             self._tell(error, 0.0)
 
-    async def _outcome(self) -> FileIngestedAnswer:
+    async def _outcome(self) -> Acknowledgement:
         found = await self._show()
         if found.file is None:
             self._offset = found.offset
             raise unavailable(f"the upload of {found.relative_path!r} stands at {found.offset:,} bytes")
-        return found.file
+        return answers.ingested(found.file.model_dump_json().encode())
 
     async def _show(self) -> UploadAnswer:
         answer = await self._transport.attempt("GET", self._path, headers=_TUS, answer_seconds=self._patience)

@@ -13,20 +13,21 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, M
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import aiohttp
-from pydantic import BaseModel, ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from tenacity.wait import wait_random_exponential
 from yarl import URL
 
 from artifact_store.byte_streams import CHUNK_BYTES
 from artifact_store.client.credentials import Credentials, check_secure, trust
-from artifact_store.documents.problem_details import MAX_PROBLEM_BYTES, error_of_answer
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, PushBackError, UnavailableError
 from artifact_store.rules import check_host
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _READ_AHEAD_BYTES = 256 * 1024
 _AT_ONCE = 128
@@ -36,7 +37,7 @@ _STORE_AWAY_SECONDS = 300.0
 QUIET_SECONDS = 120.0
 """Request an endless answer again after this silence: a frozen gateway keeps its connections open."""
 
-Shape = TypeVar("Shape", bound=BaseModel)
+Shape = TypeVar("Shape", bound="BaseModel")
 
 Outcome = TypeVar("Outcome")
 
@@ -57,6 +58,8 @@ class Answer:
 
 def read_answer(shape: type[Shape], answer: Answer) -> Shape:
     """The answer's JSON body in this shape. Raises CorruptError: it is another one."""
+    from pydantic import ValidationError
+
     try:
         return shape.model_validate_json(answer.body)
     except ValidationError:
@@ -274,7 +277,7 @@ class Transport:
                 raise self._lost(error, still) from None  # it holds the request's headers, and so the token
             raise self._lost(error, still) from error
         if not 200 <= response.status < 300:
-            raise error_of_answer(response.status, response.headers, await _problem_bytes(response))
+            raise await _refusal(response)
         return response
 
     def _idle_seconds(self, answer_seconds: float | None) -> float:
@@ -296,17 +299,19 @@ class Transport:
         return unavailable(f"the connection to {self.url} was lost: {type(error).__name__}; the outcome is unknown")
 
 
-async def _problem_bytes(response: aiohttp.ClientResponse) -> bytes:
-    """The body of an error answer, as far as it arrived; the status says enough without it."""
+async def _refusal(response: aiohttp.ClientResponse) -> ArtifactStoreError:
+    """The error that an answer stands for. Its body counts as far as it arrived: the status says enough without it."""
+    from artifact_store.documents.problem_details import MAX_PROBLEM_BYTES, error_of_answer  # these load pydantic
+
     body = b""
     try:
         while len(body) < MAX_PROBLEM_BYTES and (chunk := await response.content.read(MAX_PROBLEM_BYTES)):
             body += chunk
     except (aiohttp.ClientError, TimeoutError):
-        return b""
+        body = b""
     finally:
         response.release() if response.content.at_eof() else response.close()
-    return body
+    return error_of_answer(response.status, response.headers, body)
 
 
 def _socket(address: aiohttp.AddrInfoType) -> socket.socket:

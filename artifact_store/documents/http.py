@@ -27,6 +27,11 @@ REQUEST_ID = "X-Request-Id"
 LOG_END = "X-Log-End"
 """The header of the position at which the log ended when the request came."""
 
+TAR = "application/x-tar"
+
+MAX_KNOWN = 1_000
+"""How many blobs one request may ask about."""
+
 _SHA256 = "sha-256"
 
 HASHES = {_SHA256: hashlib.sha256, "sha-512": hashlib.sha512}

@@ -1,6 +1,7 @@
 """JSON shapes of requests and answers, and how they become the domain's own objects and back.
 
-Both sides use them: the gateway writes answers with `of`, the client reads them with `model_validate_json` and `to_…`.
+Both sides use them: the gateway writes answers with `of`, the client reads them with `model_validate_json` and `to_…`,
+but for those of `answers.py`.
 Digests and addresses are text, times RFC 3339 (`documents/times.py`). Requests refuse unknown fields. Answers may gain
 fields, so a reader ignores those that it does not know.
 """
@@ -16,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from artifact_store.archives.bundle import MAX_BUNDLE_FILES, NamedFile
 from artifact_store.documents import times
+from artifact_store.documents.http import MAX_KNOWN
 from artifact_store.errors import CorruptError
 from artifact_store.manifest import ContentAddress
-from artifact_store.models import Acknowledgement, File, IngestedFile, Package, Page, Parked, UsageTotal
+from artifact_store.models import Acknowledgement, File, Package, Page, UsageTotal
 from artifact_store.position import Position
-from artifact_store.rules import MAX_PAIRS, PathPair
+from artifact_store.rules import MAX_PAIRS
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hex")]
 AddressText = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$", description="BLAKE3 content address")]
@@ -35,11 +37,6 @@ SequenceNumber = Annotated[int, Field(ge=1, description="Number of an event with
 DayText = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="A day in UTC, as in RFC 3339")]
 Count = Annotated[int, Field(ge=0, description="How many")]
 Size = Annotated[int, Field(ge=0, description="Bytes")]
-
-TAR = "application/x-tar"
-
-MAX_KNOWN = 1_000
-"""How many blobs one request may ask about."""
 
 
 class Request(BaseModel):
@@ -104,12 +101,6 @@ class PackageCreatedAnswer(Answer):
             position=_text_of(done.position),
         )
 
-    def to_acknowledgement(self) -> Acknowledgement:
-        """The acknowledgement again."""
-        return Acknowledgement(
-            self.package_id, self.sequence, bytes.fromhex(self.event_digest), position=_position_of(self.position)
-        )
-
 
 class FileIngestedAnswer(Answer):
     """A file's bytes and its event are durable."""
@@ -152,20 +143,6 @@ class FileIngestedAnswer(Answer):
             f'"event_digest":"{file.event_digest.hex()}","position":{position}}}'
         ).encode()
 
-    def to_acknowledgement(self) -> Acknowledgement:
-        """The acknowledgement again."""
-        file = IngestedFile(
-            file_id=self.file_id,
-            relative_path=self.relative_path,
-            size_bytes=self.size_bytes,
-            blake3=ContentAddress(self.content_address).digest,
-            sha256=bytes.fromhex(self.sha256),
-            sequence=self.sequence,
-            event_digest=bytes.fromhex(self.event_digest),
-        )
-        position = _position_of(self.position)
-        return Acknowledgement(self.package_id, self.sequence, file.event_digest, (file,), position=position)
-
 
 class ClashingPaths(Answer):
     """Two paths of a package that differ only by case or by Unicode form."""
@@ -204,18 +181,6 @@ class PackageFinalizedAnswer(Answer):
             position=_text_of(done.position),
             unportable_count=done.unportable_count,
             unportable_paths=[ClashingPaths(path=path, other=other) for path, other in done.unportable_paths],
-        )
-
-    def to_acknowledgement(self) -> Acknowledgement:
-        """The acknowledgement again."""
-        return Acknowledgement(
-            self.package_id,
-            self.sequence,
-            bytes.fromhex(self.event_digest),
-            manifest_digest=ContentAddress(self.manifest_digest).digest,
-            unportable_count=self.unportable_count,
-            unportable_paths=tuple(PathPair(clash.path, clash.other) for clash in self.unportable_paths),
-            position=_position_of(self.position),
         )
 
 
@@ -260,23 +225,6 @@ class PackageAnswer(Answer):
             created_at=times.to_text(package.created_at),
             finalized_at=None if package.finalized_at is None else times.to_text(package.finalized_at),
             parked=None if package.parked is None else ParkedAnswer(**asdict(package.parked)),
-        )
-
-    def to_package(self) -> Package:
-        """The package again."""
-        return Package(
-            package_id=self.package_id,
-            name=self.name,
-            producer=self.producer,
-            subject=self.subject,
-            retention_class=self.retention_class,
-            status=self.status,
-            metadata=self.metadata,
-            manifest_digest=None if self.manifest_digest is None else ContentAddress(self.manifest_digest),
-            last_event_sequence=self.last_event_sequence,
-            created_at=times.from_text(self.created_at),
-            finalized_at=None if self.finalized_at is None else times.from_text(self.finalized_at),
-            parked=None if self.parked is None else Parked(**self.parked.model_dump()),
         )
 
 
@@ -374,10 +322,6 @@ class PackagePageAnswer(Answer):
     def of(cls, page: Page[Package]) -> Self:
         """The answer that shows this page."""
         return cls(items=[PackageAnswer.of(item) for item in page.items], next=page.next)
-
-    def to_page(self) -> Page[Package]:
-        """The page again."""
-        return Page(tuple(item.to_package() for item in self.items), self.next)
 
 
 class FilePageAnswer(Answer):
@@ -480,23 +424,6 @@ class FilesIngestedAnswer(Answer):
             position=_text_of(done.position),
         )
 
-    def to_acknowledgement(self) -> Acknowledgement:
-        """The acknowledgement again."""
-        files = tuple(
-            IngestedFile(
-                file_id=file.file_id,
-                relative_path=file.relative_path,
-                size_bytes=file.size_bytes,
-                blake3=ContentAddress(file.content_address).digest,
-                sha256=bytes.fromhex(file.sha256),
-                sequence=file.sequence,
-                event_digest=bytes.fromhex(file.event_digest),
-            )
-            for file in self.files
-        )
-        digest, position = bytes.fromhex(self.event_digest), _position_of(self.position)
-        return Acknowledgement(self.package_id, self.sequence, digest, files, position=position)
-
 
 class KnownBlobsRequest(Request):
     """Blobs to look for."""
@@ -512,10 +439,6 @@ class KnownBlobsAnswer(Answer):
     """The blobs that are stored, in no particular order."""
 
     known: list[AddressText]
-
-    def to_digests(self) -> frozenset[bytes]:
-        """The digests (32 raw bytes each)."""
-        return frozenset(ContentAddress(address).digest for address in self.known)
 
 
 class GrantShape(Answer):
@@ -553,8 +476,3 @@ class LoginAnswer(Answer):
 
 def _text_of(position: Position | None) -> str | None:
     return None if position is None else str(position)
-
-
-def _position_of(text: str | None) -> Position | None:
-    """The position in an answer. Raises InvalidPositionError."""
-    return None if text is None else Position.parse(text)

@@ -12,9 +12,8 @@ from aiohttp import web
 
 from artifact_store.archives.bundle import MAX_BUNDLE_FILES, SMALL_FILE_BYTES
 from artifact_store.archives.tar import ArchiveLimits, TarReader, entries_of, tar_of
+from artifact_store.documents.http import MAX_KNOWN, TAR
 from artifact_store.documents.shapes import (
-    MAX_KNOWN,
-    TAR,
     FilesIngestedAnswer,
     IngestNamedRequest,
     KnownBlobsAnswer,

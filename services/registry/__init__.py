@@ -46,6 +46,12 @@ async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
 
     Raises ConfigurationError: a Kafka log without a gateway, or settings that cannot work.
     """
+    if settings.url is not None:
+        from artifact_store import Client
+
+        async with Client(settings.url, token_file=settings.token_file, ca=settings.ca) as remote:
+            yield remote
+        return
     from services.wiring import registry  # wiring chooses adapters and imports this module
 
     async with registry(settings) as opened:

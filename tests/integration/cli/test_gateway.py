@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from dataclasses import replace
@@ -17,6 +19,7 @@ import pytest
 from services.config import Settings
 from services.views.projections import PROJECTIONS
 from tests import trees
+from tests.integration.http_gateway import running_gateway
 from tests.integration.processes import (
     COMMAND,
     ProductProcess,
@@ -44,6 +47,44 @@ def tree(tmp_path: Path) -> Path:
         for number in range(8):
             large.write(bytes([number]) * (1 << 20))
     return tmp_path / "tree"
+
+
+LOADED = """
+import sys
+from services.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+"""The command line, which says at its end which modules it has loaded."""
+
+
+def loaded_by(url: str, home: Path, *arguments: str | Path) -> set[str]:
+    """The modules that a command has loaded when it ends well."""
+    command = [sys.executable, "-c", LOADED, *map(str, arguments), "--url", url]
+    environment = command_environment(None, None, home)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+async def test_push_and_pull_load_no_more_than_they_need(embedded_settings: Settings, tmp_path: Path) -> None:
+    """Nothing else happens while modules load, which takes longer than it does to send a thousand files."""
+    (tmp_path / "tree").mkdir()
+    for number in range(10):
+        (tmp_path / "tree" / f"{number}").write_bytes(b"%d" % number)
+    async with running_gateway(embedded_settings) as gateway:
+        for command in (("push", tmp_path / "tree", *ABOUT), ("pull", "PACKAGE", tmp_path / "back")):
+            packages = await gateway.parts.registry.list_packages()
+            named = [str(packages.items[0].package_id) if part == "PACKAGE" else part for part in command]
+            loaded = await asyncio.to_thread(loaded_by, gateway.url, tmp_path, *named)
+            assert {"aiohttp", "blake3", "services.cli.transfer"} <= loaded
+            heavy = {"confluent_kafka", "dotenv", "fastavro", "minio", "prometheus_client", "pydantic", "rich"}
+            assert loaded & {*heavy, "schemas", "services.wiring", "sqlalchemy", "sqlite3"} == set()
+            own = {name for name in loaded if name.startswith("services.cli.")}
+            assert own == {f"services.cli.{name}" for name in ("command", "standard_streams", "transfer")}
+    assert trees.read(tmp_path / "back") == trees.read(tmp_path / "tree")
 
 
 def test_a_tree_goes_through_a_gateway_and_back(embedded_settings: Settings, tree: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
@@ -10,7 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from artifact_store import errors
-from artifact_store.documents import times
+from artifact_store.documents import answers, times
 from artifact_store.documents.event_lines import event_line, parse_event
 from artifact_store.documents.http import parse_content_md5, parse_digests, parse_id, quoted, repr_digest, unquoted
 from artifact_store.documents.problem_details import Problem, error_of, problem, problem_of
@@ -22,6 +24,7 @@ from artifact_store.documents.shapes import (
     PackageAnswer,
     PackageCreatedAnswer,
     PackageFinalizedAnswer,
+    PackagePageAnswer,
 )
 from artifact_store.errors import (
     AnswerExpiredError,
@@ -44,7 +47,7 @@ from artifact_store.events import (
     type_with,
 )
 from artifact_store.manifest import ContentAddress
-from artifact_store.models import Acknowledgement, File, IngestedFile, Package
+from artifact_store.models import Acknowledgement, File, IngestedFile, Package, Page, Parked
 from artifact_store.position import Position
 from artifact_store.rules import PathPair, parse_number
 
@@ -117,23 +120,94 @@ def test_acknowledgements_survive_the_way_over_http() -> None:
     ingested = Acknowledgement(created.package_id, 2, file.event_digest, files=(file,))
     clashes = 7, (PathPair("README", "readme"), PathPair("a", "A"))
     finalized = Acknowledgement(created.package_id, 3, bytes(32), (), bytes(range(32)), *clashes)
-    shapes: list[tuple[Any, Acknowledgement]] = [
-        (PackageCreatedAnswer, created),
-        (FileIngestedAnswer, ingested),
-        (FilesIngestedAnswer, ingested),
-        (PackageFinalizedAnswer, finalized),
+    shapes: list[tuple[Any, Acknowledgement, Callable[[bytes], Acknowledgement]]] = [
+        (PackageCreatedAnswer, created, answers.created),
+        (FileIngestedAnswer, ingested, answers.ingested),
+        (FilesIngestedAnswer, ingested, answers.ingested),
+        (PackageFinalizedAnswer, finalized, answers.finalized),
     ]
-    for shape, done in shapes:
+    for shape, done, read in shapes:
         for position in (None, Position(uuid4(), {0: 3, 5: 2**40})):
             done.position = position
-            found = shape.model_validate_json(shape.of(done).model_dump_json()).to_acknowledgement()
+            found = read(shape.of(done).model_dump_json().encode())
             assert (found, found.position) == (done, position)
+
+
+_ANSWER: dict[str, Any] = {
+    "package_id": str(uuid4()),
+    "sequence": 2,
+    "event_digest": "00" * 32,
+    "files": [
+        {
+            "file_id": str(uuid4()),
+            "relative_path": "a",
+            "size_bytes": 0,
+            "content_address": "blake3:" + "00" * 32,
+            "sha256": "00" * 32,
+            "sequence": 2,
+            "event_digest": "00" * 32,
+        }
+    ],
+    "manifest_digest": "blake3:" + "00" * 32,
+    "unportable_paths": [{"path": "a", "other": "A"}],
+}
+
+
+_WRONG: dict[str, tuple[object, ...]] = {
+    "package_id": (None, 7, "seven", []),
+    "sequence": (None, "2", -1, 2.0, True),
+    "event_digest": (None, 7, "00", "zz" * 32),
+    "position": (7, "nowhere"),
+    "files": (None, 7, [7], [{}], [{**_ANSWER["files"][0], "relative_path": 7}]),
+    "manifest_digest": (None, 7, "blake3:00"),
+    "unportable_paths": ([{"path": "a"}],),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [(name, wrong) for name, all_wrong in _WRONG.items() for wrong in all_wrong]
+)
+def test_an_answer_to_a_push_with_another_shape_is_corrupt(name: str, wrong: object) -> None:
+    readers = (answers.created, answers.ingested, answers.finalized)
+    right = json.dumps({**_ANSWER, "more": "of the future"}).encode()
+    for read in readers:
+        assert read(right).sequence == 2
+    body = json.dumps({**_ANSWER, name: wrong}).encode()
+    refused = []
+    for read in readers:
+        try:
+            read(body)
+        except CorruptError:
+            refused.append(read)
+    assert refused, body
+
+
+def test_an_answer_to_a_push_that_is_no_object_is_corrupt() -> None:
+    readers = (
+        answers.created,
+        answers.ingested,
+        answers.finalized,
+        answers.known_blobs,
+        answers.package,
+        answers.packages,
+    )
+    for read in readers:
+        for body in (b"", b"\xff", b"[]", b"7", b"{}", b"[" * 100_000):
+            with pytest.raises(CorruptError):
+                read(body)
+    assert answers.known_blobs(b'{"known":["blake3:%s"]}' % (b"01" * 32)) == {b"\1" * 32}
+    with pytest.raises(CorruptError):
+        answers.known_blobs(b'{"known":[7]}')
 
 
 def test_packages_and_files_survive_the_way_over_http() -> None:
     address = ContentAddress.of_digest(bytes(range(32)))
     package = Package(uuid4(), "n", "p", "s", "report", "finalized", {"k": 1}, address, 3, _TIME, _TIME + 1)
-    assert PackageAnswer.model_validate_json(PackageAnswer.of(package).model_dump_json()).to_package() == package
+    assert answers.package(PackageAnswer.of(package).model_dump_json().encode()) == package
+    parked = replace(package, manifest_digest=None, finalized_at=None, parked=Parked(0, 7, 2, "why"))
+    for following in (None, "cursor"):
+        page = Page((package, parked), following)
+        assert answers.packages(PackagePageAnswer.of(page).model_dump_json().encode()) == page
     file = File(uuid4(), package.package_id, "a/b", "text/plain", 5, bytes(range(32)), bytes(32), _TIME)
     assert FileAnswer.model_validate_json(FileAnswer.of(file).model_dump_json()).to_file() == file
 
