@@ -1,9 +1,7 @@
 """The log of record: ports, two adapters that fulfil them, and what both are made of.
 
 Begin with `port`: `Log` reads and `CommandWriter` appends. `kafka/` and `sqlite/` are the adapters. `records` says what
-a record is. `sequencer/` takes requests in and answers them, `state/` keeps what a writer knows of its packages, and
-`router` finds the process that owns a partition.
+a record is. `sequencer/` takes requests in and answers them, and `state/` keeps what a writer knows of its packages.
 
-Imports `artifact_store`, `schemas` and `services.core`. Within: `port`, `records` ← `state` ← `sequencer` ← `router` ←
-`kafka`.
+Imports `artifact_store`, `schemas` and `services.core`. Within: `port`, `records` ← `state` ← `sequencer` ← `kafka`.
 """

@@ -22,7 +22,7 @@ from tests.integration.projector_stage import covers, projecting
 
 _PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
 
-MOST_FOR_A_PUT = 40
+MOST_FOR_A_PUT = 39
 MOST_OF_THE_GATEWAY_FOR_A_PUT = 6
 MOST_FOR_AN_EVENT = 17
 

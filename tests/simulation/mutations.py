@@ -14,8 +14,8 @@ from services.core import decide as decide_module
 from services.log.kafka import driver as driver_module
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.driver import COMMIT_SECONDS, INIT_SECONDS, PartitionLease
+from services.log.kafka.ownership import Owners
 from services.log.kafka.topic import Guard
-from services.log.router import Owners
 from services.log.state import partition_state
 from services.log.state.partition_state import PartitionState
 from services.views.engine import source as assignment

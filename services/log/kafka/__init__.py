@@ -1,10 +1,10 @@
 """The log of record on Kafka: one topic, read by committed readers, written by one fenced producer per partition.
 
-Reading begins with `log`, appending with `writer`: it joins the group of writers (`ownership`), and runs a sequencer's
-`PartitionWriter` for each partition that it is given. `driver` gives each a lease to append under. `topic` and
-`cluster` say what the topic is and must be, `connection` makes clients, `tail` reads. `filler` takes records that were
-made elsewhere. This folder alone imports the Kafka client; it may import everything in `services.log`
-but `sqlite`.
+Reading begins with `log`, appending with `writer`: it joins the group of writers (`ownership`), runs a sequencer's
+`PartitionWriter` for each partition that it is given, and sends requests for the others to the processes that own them.
+`driver` gives each writer a lease to append under. `topic` and `cluster` say what the topic is and must be,
+`connection` makes clients, `tail` reads. `filler` takes records that were made elsewhere. This folder alone imports the
+Kafka client; it may import everything in `services.log` but `sqlite`.
 """
 
 from services.log.kafka.filler import KafkaFiller

@@ -1,22 +1,36 @@
 """The group of writers: the gateways' consumer group, which assigns partitions and shows who owns them.
 
-The assignment decides who tries to write; the fence decides who may. The group's consumer reads nothing: its partitions
-are paused.
+`WriterGroup` is this process's membership. The assignment decides who tries to write; the fence decides who may. The
+group's consumer reads nothing: its partitions are paused.
+
+`Owners` asks the group who owns which partition. Its coordinator may be away while all owners are well, so the last
+answer is used meanwhile. A process that lost a partition since then refuses its commands: an old answer costs time and
+never an event.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from threading import Event as Flag
 from threading import Thread
+from typing import TypeVar
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from artifact_store.errors import ConfigurationError, ConflictError, PushBackError, UnavailableError
+from artifact_store.errors import (
+    ArtifactStoreError,
+    ConfigurationError,
+    ConflictError,
+    PushBackError,
+    UnavailableError,
+)
 from services.log.kafka.cluster import Cluster, Member
 from services.log.kafka.connection import (
     INTERFACE,
@@ -28,7 +42,6 @@ from services.log.kafka.connection import (
     kafka_error,
     make_consumer,
 )
-from services.log.router import Owner
 
 NO_URL = "artifact-store"
 """The client id of a gateway that others cannot forward to."""
@@ -54,6 +67,7 @@ _RECORDS = {
 }
 
 _LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class WriterGroup:
@@ -284,3 +298,122 @@ def _take_paused(consumer: Consumer, partitions: list[TopicPartition]) -> None:
 
 def _numbers(partitions: Sequence[TopicPartition]) -> list[int]:
     return sorted(p.partition for p in partitions)
+
+
+_STILL_OWNED_SECONDS = 1.0
+"""How often to check that the owner of a forwarded command still is: a frozen process never answers."""
+
+_FRESH_SECONDS = 1.0
+_UNSETTLED_SECONDS = 0.1
+"""How old an answer of the group may be: usually, and while it rebalances."""
+
+_FAILED_SECONDS = 0.5
+"""How long to wait before asking a group again that did not answer."""
+
+_PATIENCE_SECONDS = 1.0
+"""How long callers wait for a new answer of the group before they use the earlier one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A member of the group. `url` is None if others cannot reach it."""
+
+    url: str | None
+    is_self: bool
+
+
+class Owners:
+    """Asks the group who owns which partition, once for all callers that wait at the same time."""
+
+    def __init__(self, ask: Callable[[], Mapping[int, Owner] | None]) -> None:
+        """`ask` blocks. It returns None while the group rebalances, and raises UnavailableError, ConfigurationError."""
+        self._ask_group = ask
+        # A thread of its own: a group that does not answer must not hold up other questions.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-owners")
+        self._question: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
+        self._closed = False
+        self._known: Mapping[int, Owner] | None = None
+        """The group's last answer."""
+        self._failure: ArtifactStoreError | None = None
+        """Why the last question got no answer."""
+        self._until = 0.0
+        """When to ask the group again, on the monotonic clock (s)."""
+        self._least = 0.0
+        """The earliest time to ask it again if its answer has proved wrong."""
+
+    async def all(self) -> Mapping[int, Owner]:
+        """The owners by partition. Partitions without an owner are absent.
+
+        While the group does not answer, these are the owners that it named last. Raises UnavailableError or
+        ConfigurationError if it has not answered yet.
+        """
+        if self._closed:
+            raise UnavailableError("this process asks for no owners any more")
+        if time.monotonic() >= self._until:
+            if self._question is None or self._question.done():
+                self._question = asyncio.create_task(self._ask(), name="log-owners")
+                self._asked_at = time.monotonic()
+            known = self._known is not None
+            patience = max(0.0, self._asked_at + _PATIENCE_SECONDS - time.monotonic()) if known else None
+            await asyncio.wait([self._question], timeout=patience)
+            if self._closed:
+                raise UnavailableError("this process asks for no owners any more")
+            if self._question.done():
+                self._question.result()
+        if self._known is not None:
+            return self._known
+        if self._failure is not None:
+            raise type(self._failure)(self._failure.detail)
+        return {}
+
+    async def _ask(self) -> None:
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, self._ask_group)
+        except (UnavailableError, ConfigurationError) as error:
+            self._failure = error
+            self._until = self._least = time.monotonic() + _FAILED_SECONDS
+            return
+        self._failure = None
+        # While the group rebalances, most partitions stay where they were.
+        if found is not None:
+            self._known = found
+        self._until = time.monotonic() + (_FRESH_SECONDS if found is not None else _UNSETTLED_SECONDS)
+        self._least = time.monotonic() + _UNSETTLED_SECONDS
+
+    async def while_owned(self, partition: int, owner: Owner, answer: Awaitable[_T]) -> _T:
+        """Wait for the answer of a partition's owner. Raises UnavailableError once the partition has another owner."""
+        waiting = asyncio.ensure_future(answer)
+        looking: asyncio.Future[None] | None = None
+        try:
+            if not (await asyncio.wait([waiting], timeout=_STILL_OWNED_SECONDS))[0]:
+                looking = asyncio.ensure_future(self._goes_elsewhere(partition, owner))
+                await asyncio.wait([waiting, looking], return_when=asyncio.FIRST_COMPLETED)
+                if not waiting.done():
+                    await looking
+                    raise UnavailableError("the partition went to another process")
+            return await waiting
+        finally:
+            waiting.cancel()
+            if looking is not None:
+                looking.cancel()
+
+    async def _goes_elsewhere(self, partition: int, owner: Owner) -> None:
+        """Return once the group names another owner of the partition."""
+        while True:
+            # No answer does not mean that the partition has another owner.
+            with suppress(UnavailableError, ConfigurationError):
+                if (await self.all()).get(partition, owner) != owner:
+                    return
+            await asyncio.sleep(_STILL_OWNED_SECONDS)
+
+    def close(self) -> None:
+        """Stop asking. Does not wait for a running question."""
+        self._closed = True
+        if self._question is not None:
+            self._question.cancel()
+        self._thread.shutdown(wait=False)
+
+    def forget(self) -> None:
+        """Ask the group again, unless it was asked a moment ago: its answer has proved wrong."""
+        self._until = min(self._until, self._least)

@@ -1,14 +1,25 @@
-"""Appending to the log on Kafka: the port `CommandWriter`, on the writers of this process and of others."""
+"""Appending to the log on Kafka: the port `CommandWriter`, on the writers of this process and of others.
+
+`KafkaWriter` starts and stops the writers of the partitions that the group assigns to this process. `Router` brings a
+request to the writer of its partition, in this process or another, and retries until that one answers.
+
+Retrying is safe, because a command carries its id. But once a writer may have tried a command, the log may hold it. A
+refusal by another writer (it is full, or cannot write) is then no answer to the command.
+
+The router stands above the sequencers. A sequencer that cannot answer says so by an error: PartitionNotOwnedError when
+nobody has tried the command, UnavailableError when the log may hold it. The router then asks elsewhere.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
+import random
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from threading import Event as Flag
 from typing import cast
 from urllib.parse import urlsplit
@@ -21,6 +32,7 @@ from artifact_store.errors import (
     ConfigurationError,
     ConflictError,
     PushBackError,
+    RejectedError,
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
@@ -33,11 +45,12 @@ from services.log.kafka.cluster import Member, Topic
 from services.log.kafka.connection import READS_PRINCIPALS, partition_of
 from services.log.kafka.driver import KafkaDriver
 from services.log.kafka.log import KafkaLog
-from services.log.kafka.ownership import WriterGroup
+from services.log.kafka.ownership import Owner, Owners, WriterGroup
 from services.log.kafka.topic import Guard
 from services.log.port import (
     EXTENT_SECONDS,
     Forwarder,
+    NotAppendedError,
     PackageExtent,
     PartitionNotOwnedError,
     PartitionStatus,
@@ -46,9 +59,8 @@ from services.log.port import (
     TimedStore,
 )
 from services.log.records import Confirmation
-from services.log.router import Owner, Owners, Router
 from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext
-from services.log.sequencer.queue import Counts, EndQuestion, IngestCheck
+from services.log.sequencer.queue import Counts, EndQuestion, IngestCheck, in_doubt, size_of
 from services.log.state.restore import ExposedFolderError, States, require_own_folder
 from services.log.state.snapshots import Snapshots
 from services.log.state.state_file import StateFileError
@@ -442,6 +454,164 @@ class KafkaWriter:
             # Other gateways may be able to write, but not while this one owns the partitions.
             await asyncio.to_thread(self._group.close)
             return
+
+
+MAX_BYTES = 64 << 20
+"""About how much memory requests for one partition may take: twice what its queue holds, for those that are being
+decided or wait for another process."""
+
+_FIRST_PAUSE = 0.02
+_LONGEST_PAUSE = 0.5
+
+Answer = Acknowledgement | str | int | None
+"""To a command; to an `IngestCheck`, the retention class; to an `EndQuestion`, the offset. None: the release of the
+owner does not know the question."""
+
+
+class Router:
+    """One for each process. Used on its event loop."""
+
+    def __init__(self, owners: Owners, forwarder: Forwarder | None, counts: Counts, seconds: float) -> None:
+        """`seconds` is how long a request may take, with all retries."""
+        self.writers: dict[int, PartitionWriter] = {}
+        """The writers of this process, by partition. Whoever starts and stops them updates this, from any thread."""
+        self.foreign: str | None = None
+        """Why the topic is no longer the same log; nothing is written then."""
+        self._owners = owners
+        self._forwarder = forwarder
+        self._counts = counts
+        self._seconds = seconds
+        self._held: dict[int, int] = {}
+        """Memory of the requests that wait for an answer (bytes), by partition."""
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self.closing = False
+        """Whether nothing is taken any more."""
+
+    async def answer(self, partition: int, asked: Command | IngestCheck) -> Answer:
+        """Ask the partition's writer, wherever it is, until it answers.
+
+        Raises as `CommandWriter.submit`, and ConfigurationError or CorruptError when the writer cannot write.
+        """
+        if self.closing:
+            raise PushBackError("this gateway is being shut down")
+        with self._room(partition, size_of(asked)), self._counted():
+            return await self._sought(partition, asked)
+
+    async def answer_here(self, partition: int, asked: Command | IngestCheck) -> Answer:
+        """As `answer`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        if self.closing:
+            raise PartitionNotOwnedError("this process hands its partitions over")
+        with self._counted():
+            return await self._here(partition, asked)
+
+    async def close(self) -> None:
+        """Take nothing more; returns when everything that was taken is answered."""
+        self.closing = True
+        while self._under_way:
+            self._idle.clear()
+            await self._idle.wait()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    @contextmanager
+    def _room(self, partition: int, size: int) -> Iterator[None]:
+        """Count the request's memory. Raises PushBackError when there is too little left."""
+        held = self._held.get(partition, 0)
+        if held and held + size > MAX_BYTES:
+            self._counts.pushed_back += 1
+            raise PushBackError("too many commands are looking for the writer of the package's partition", 2.0)
+        self._held[partition] = held + size
+        try:
+            yield
+        finally:
+            self._held[partition] -= size
+
+    async def _sought(self, partition: int, asked: Command | IngestCheck) -> Answer:
+        loop, pause, doubtful = asyncio.get_running_loop(), _FIRST_PAUSE, False
+        check = isinstance(asked, IngestCheck)
+        deadline = loop.time() + self._seconds
+        while True:
+            if self.foreign is not None:
+                raise in_doubt(self.foreign) if doubtful else UnavailableError(self.foreign)
+            own = self.writers.get(partition)
+            try:
+                return await self._once(partition, asked, deadline)
+            except (RejectedError, NotAppendedError):
+                raise
+            except PartitionNotOwnedError as error:
+                trouble = error.detail
+            except TimeoutError:
+                trouble, doubtful = "the partition's writer gave no answer in time", not check
+            except UnavailableError as error:
+                if own is not None and not own.ended:
+                    raise  # the partition is still this process's, so this is its writer's answer
+                trouble, doubtful = error.detail, not check
+            except ArtifactStoreError as error:
+                if not doubtful:
+                    raise
+                trouble = error.detail
+            self._owners.forget()
+            if loop.time() + pause > deadline:
+                if check:
+                    self._counts.pushed_back += 1
+                    raise PushBackError(trouble, 2.0)
+                raise in_doubt(trouble)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _once(self, partition: int, asked: Command | IngestCheck, deadline: float) -> Answer:
+        """Ask whoever is known as the partition's writer.
+
+        Raises what the writer raises; PartitionNotOwnedError: nobody has tried the request; TimeoutError: another
+        process did not answer.
+        """
+        with suppress(PartitionNotOwnedError):
+            return await self._here(partition, asked, deadline)
+        try:
+            async with asyncio.timeout_at(deadline):
+                owner = (await self._owners.all()).get(partition)
+        except UnavailableError as error:
+            raise PartitionNotOwnedError(error.detail) from error
+        except TimeoutError:
+            raise PartitionNotOwnedError("the group of writers did not say in time who owns the partition") from None
+        if owner is None or owner.is_self:
+            raise PartitionNotOwnedError(f"partition {partition} has no writer now")
+        if owner.url is None or self._forwarder is None:
+            raise PartitionNotOwnedError(f"partition {partition} is written by another process that cannot be reached")
+        there = _asking(self._forwarder, owner.url, partition, asked)
+        async with asyncio.timeout_at(deadline):
+            return await self._owners.while_owned(partition, owner, there)
+
+    def _here(
+        self, partition: int, asked: Command | IngestCheck, deadline: float = math.inf
+    ) -> asyncio.Future[Acknowledgement | str]:
+        """Let this process's writer answer. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
+        if self.foreign is not None:
+            raise UnavailableError(self.foreign)
+        writer = self.writers.get(partition)
+        if writer is None:
+            raise PartitionNotOwnedError("this process does not write to the package's partition")
+        return writer.submit(asked, deadline)
+
+
+def _asking(forwarder: Forwarder, url: str, partition: int, asked: Command | IngestCheck) -> Awaitable[Answer]:
+    """Ask the process at this URL."""
+    if isinstance(asked, EndQuestion):
+        return forwarder.end(url, partition)
+    if isinstance(asked, IngestCheck):
+        return forwarder.check_ingest(
+            url, asked.package_id, asked.relative_paths, asked.command_id, asked.grants, asked.principal
+        )
+    return forwarder.submit(url, asked)
 
 
 def _join(writers: Sequence[PartitionWriter]) -> None:

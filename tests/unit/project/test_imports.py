@@ -192,7 +192,7 @@ def test_the_language_of_the_log_imports_nothing_of_the_client_that_does_io() ->
 
 
 def test_what_both_logs_can_use_imports_no_adapter() -> None:
-    shared = ("services.log.port", "services.log.records", "services.log.router", "services.log.sequencer")
+    shared = ("services.log.port", "services.log.records", "services.log.sequencer")
     wrong = [
         f"{name} imports {imported}"
         for name, path in modules("services/log")

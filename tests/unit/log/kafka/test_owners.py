@@ -9,9 +9,9 @@ from threading import Event as Flag
 import pytest
 
 from artifact_store.errors import ConfigurationError, UnavailableError
-from services.log import router as owners_module
+from services.log.kafka import ownership as owners_module
+from services.log.kafka.ownership import Owner, Owners
 from services.log.port import PartitionNotOwnedError
-from services.log.router import Owner, Owners
 
 ONE = Owner("http://127.0.0.1:1", is_self=False)
 
@@ -94,7 +94,7 @@ async def test_a_group_that_answers_again_is_believed(
 
 @pytest.fixture
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owners_module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(owners_module, "_STILL_OWNED_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("looks_at_once")

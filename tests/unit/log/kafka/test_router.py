@@ -20,9 +20,10 @@ from artifact_store.errors import (
 from artifact_store.models import Acknowledgement
 from services.core.access import EVERYTHING, Grants
 from services.core.decide import Command
-from services.log import router
+from services.log.kafka import writer
+from services.log.kafka.ownership import Owner
+from services.log.kafka.writer import Router
 from services.log.port import NotAppendedError, PackageExtent, PartitionNotOwnedError
-from services.log.router import Owner, Router
 from services.log.sequencer.partition_writer import PartitionWriter
 from services.log.sequencer.queue import Counts, IngestCheck, Request
 from tests.commands import create
@@ -102,8 +103,8 @@ class Here:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router, "_FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(router, "_LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(writer, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(writer, "_LONGEST_PAUSE", 0.001)
 
 
 def router_of(there: There, *, known: Known | None = None, here: object = None, seconds: float = 30.0) -> Router:
