@@ -16,6 +16,7 @@ from services.config import Settings
 from services.views.database import Views
 from services.views.projections import PROJECTIONS
 from services.wiring import open_log
+from tests.integration.conditions import until
 from tests.integration.entered_modules import EnteredModules
 from tests.integration.processes import ProductProcess, output_of
 from tests.integration.projector_stage import covers, projecting
@@ -40,6 +41,11 @@ async def _put(session: aiohttp.ClientSession, package_id: str, name: str) -> No
         assert answer.status == 201, await answer.text()
 
 
+async def _is_ready(session: aiohttp.ClientSession) -> bool:
+    async with session.get("/readyz") as answer:
+        return answer.status == 200
+
+
 async def test_a_put_enters_few_modules_from_socket_to_answer(real_settings: Settings) -> None:
     await asyncio.to_thread(output_of, real_settings, "migrate")
     entered = EnteredModules()
@@ -50,6 +56,8 @@ async def test_a_put_enters_few_modules_from_socket_to_answer(real_settings: Set
             async with aiohttp.ClientSession(await url) as session:
                 package_id = await _create(session)
                 await _put(session, package_id, "first.csv")
+                # Whoever takes a partition over enters modules that no request does.
+                await until(lambda: _is_ready(session), 60, "the gateway does not own all partitions")
                 with entered.recorded() as found:
                     await _put(session, package_id, "second.csv")
             stop.set()
