@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -70,6 +70,8 @@ class ProjectorMetrics(Collector):
         """
         self._alone = alone
         self._seen = _Found(0.0, None, None)
+        self._ending: set[asyncio.Future[Any]] = set()
+        """Questions that were cut off and have not ended yet."""
         self._views = views
         self._queries = Queries(views)
         self._log = log
@@ -224,13 +226,26 @@ class ProjectorMetrics(Collector):
         return _Standing(position, parked, None if build is None else build.position, replaying)
 
     async def _within(self, component: str, asked: Awaitable[Answer]) -> Answer | None:
-        """What it says, None if it does not within _ANSWER_SECONDS."""
+        """What it says, None if it does not within _ANSWER_SECONDS. Then it is cut off, and may take longer to end."""
+        asking = asyncio.ensure_future(asked)
         try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                return await asked
-        except TimeoutError:
-            cause = f"no answer within {_ANSWER_SECONDS:g} s"
-        except ArtifactStoreError as error:
-            cause = error.detail
+            # A connection to a database that is frozen takes seconds to close, for which no scrape has time.
+            done, _ = await asyncio.wait((asking,), timeout=_ANSWER_SECONDS)
+        finally:
+            if not asking.done():
+                asking.cancel()
+                self._ending.add(asking)
+                asking.add_done_callback(self._ended)
+        cause = f"no answer within {_ANSWER_SECONDS:g} s"
+        if done:
+            try:
+                return asking.result()
+            except ArtifactStoreError as error:
+                cause = error.detail
         logger.info("the metrics lack the progress of projections, because the %s failed: %s", component, cause)
         return None
+
+    def _ended(self, asking: asyncio.Future[Any]) -> None:
+        self._ending.discard(asking)
+        if not asking.cancelled():
+            asking.exception()  # nobody waits for it

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from artifact_store.errors import ConfigurationError
+from artifact_store.position import Position
 from projector.projection_metrics import ProjectorMetrics
 from projector.runner import run_projection
 from services.config import Settings
@@ -161,6 +162,37 @@ async def test_what_cannot_be_asked_now_is_left_out_and_what_stopped_is_told(
         "artifact_store_projection_running registry": 1,
         "artifact_store_projection_running usage": 0,
     }
+
+
+class _SlowToEnd(MemoryLog):
+    """Gives no answer, and takes its time to end when it is cut off, as a connection to what is frozen does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = asyncio.Event()
+
+    async def end(self, covering: Position | None = None) -> Position:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await self.may_end.wait()
+        return await super().end(covering)
+
+
+async def test_what_is_slow_to_end_is_named_and_hides_nothing_else(
+    views: Views, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("projector.projection_metrics._ANSWER_SECONDS", 0.2)
+    log = _SlowToEnd()
+    async with served(shown(ProjectorMetrics(views, log, ["registry"])), ANYWHERE):
+        (url,) = urls(caplog.text)
+        found = await asyncio.to_thread(look, url)
+    log.may_end.set()
+    assert found["artifact_store_component_up log"] == 0
+    assert found["artifact_store_component_up views"] == 1
+    assert "because the log failed: no answer within 0.2 s" in caplog.text
+    assert "overloaded" not in caplog.text
 
 
 async def test_an_address_that_is_taken_is_refused(views: Views, caplog: pytest.LogCaptureFixture) -> None:
