@@ -1,6 +1,6 @@
-"""Open the registry: on the embedded parts, or through a gateway when `url` is set.
+"""Opening the registry: on the embedded parts, or through a gateway if `url` is set.
 
-The interface itself and its errors are `artifact_store`'s; their names are offered here as well.
+The interface and its errors are defined in `artifact_store`; this package also exports them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 @asynccontextmanager
 async def open_events(settings: Settings) -> AsyncIterator[EventSource]:
-    """The events of these settings' log, read without a gateway by a process that may read all of it.
+    """The events of the log in these settings, read without a gateway by a process that may read all of it.
 
     Raises ConfigurationError.
     """
@@ -42,7 +42,7 @@ async def open_events(settings: Settings) -> AsyncIterator[EventSource]:
 
 @asynccontextmanager
 async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
-    """The registry of these settings: through a gateway when `url` is set, on the embedded parts otherwise.
+    """The registry of these settings: through a gateway if `url` is set, otherwise on the embedded parts.
 
     Raises ConfigurationError: a Kafka log without a gateway, or settings that cannot work.
     """
@@ -52,7 +52,7 @@ async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
         async with Client(settings.url, token_file=settings.token_file, ca=settings.ca) as remote:
             yield remote
         return
-    from services.wiring import registry  # wiring chooses adapters and imports this module
+    from services.wiring import registry  # here, because wiring imports this module
 
     async with registry(settings) as opened:
         yield opened

@@ -1,8 +1,8 @@
-"""Bundles into a blob store and out of it: packed, found again by name, and read with few requests; memory is bounded.
+"""Bundles in a blob store: stored as packs, found by the names of their blobs, and read with few requests.
 
-Every bundle under way holds one pack's worth of memory out of a budget that all of a process share: one for those that
-are stored, another for those that are read, so that readers never keep out producers. Who gets none in time is pushed
-back, before anything of it was read.
+Memory is bounded. Each bundle takes the memory of one pack from a budget of the process. There is one budget for
+storing and another for reading, so that readers never keep out producers. A bundle that gets no memory in time is
+pushed back before anything of it is read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from services.blobs.verified_reads import SoundReads
 from services.views.queries import PlacedFile
 
 BUNDLES_AT_ONCE = 12
-"""How many bundles are stored at a time; as many are read."""
+"""How many bundles are stored at a time, and how many are read."""
 
 _RETRY_SECONDS = 2.0
 _GROUP_BYTES = 1 << 20
@@ -53,9 +53,9 @@ class BundleStore:
         turn_seconds: float = TURN_SECONDS,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
-        """`at_once` bundles at a time are stored, as many are read; another one waits for `turn_seconds`.
+        """Stores `at_once` bundles at a time, and reads as many; another one waits up to `turn_seconds`.
 
-        Every `look_seconds`, while others wait to be stored, bundles that come slowly are given up.
+        While others wait to be stored, bundles are checked every `look_seconds`, and slow ones are given up.
         """
         self.reads = SoundReads(blobs)
         self._blobs = blobs
@@ -64,18 +64,18 @@ class BundleStore:
         self._look_seconds = look_seconds
 
     async def store(self, bundle: Bundle, max_file_bytes: int) -> list[Placed]:
-        """As `Packing.store`. Raises PushBackError too: no turn came, or the bundle was slow while others waited."""
+        """As `Packing.store`. Also raises PushBackError: no turn came, or the bundle was slow while others waited."""
         pace = Pace(bundle, lambda: self._storing.contended, size=_size, look_seconds=self._look_seconds)
         async with self._storing.turn(), pace:
             return await Packing(self._blobs, max_file_bytes).store(_paced(pace))
 
     async def find(self, files: Sequence[NamedFile]) -> list[Placed]:
-        """As `find_named`. Raises PushBackError too."""
+        """As `find_named`. Also raises PushBackError."""
         async with self._storing.turn():
             return await find_named(self._blobs, files)
 
     async def known(self, digests: Iterable[bytes]) -> frozenset[bytes]:
-        """Those of the digests that name a blob which is stored. Raises UnavailableError."""
+        """The digests among these whose blobs are stored. Raises UnavailableError."""
         waiting = iter(dict.fromkeys(digests))
         found: set[bytes] = set()
 
@@ -88,9 +88,9 @@ class BundleStore:
         return frozenset(found)
 
     async def read(self, pages: AsyncIterator[Sequence[PlacedFile]]) -> AsyncGenerator[Group, None]:
-        """The files of these pages with their bytes, in their order.
+        """The files of these pages with their bytes, in the same order.
 
-        It holds its turn until its end or its `aclose`, which must be called where it is left.
+        Holds its turn until it is exhausted or closed. Call `aclose` if you stop before the end.
 
         Raises (on iteration): CorruptError: bytes are missing. UnavailableError, PushBackError.
         """
@@ -102,7 +102,7 @@ class BundleStore:
 
 
 class _Turns:
-    """So many bundles at a time, each with a pack's worth of memory. Belongs to one event loop."""
+    """Admits `at_once` bundles at a time, each with the memory of one pack. Belongs to one event loop."""
 
     def __init__(self, at_once: int, seconds: float) -> None:
         self._memory = ByteBudget(at_once * PACK_BYTES)
@@ -115,7 +115,7 @@ class _Turns:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """A turn for the length of the block. Raises PushBackError: none came within `seconds`."""
+        """A turn that lasts as long as the block. Raises PushBackError: none came within `seconds`."""
         with self._memory.share() as share:
             await share.take_in_turn(
                 PACK_BYTES,
@@ -129,7 +129,7 @@ class _Turns:
 
 @dataclass(slots=True)
 class _Span:
-    """The bytes of one blob that the small files of a page lie in."""
+    """The range of one blob in which the small files of a page lie."""
 
     start: int
     end: int
@@ -148,7 +148,7 @@ class _Span:
 
 
 class _Page:
-    """Files of one page: what of them lies in one pack is read at once, as long as only that pack is asked for."""
+    """The files of one page. Files in the same pack are read with one request, unless other packs come in between."""
 
     def __init__(self, blobs: BlobStore, reads: SoundReads, files: Sequence[PlacedFile]) -> None:
         self._blobs = blobs
@@ -193,7 +193,7 @@ class _Page:
         return await self._reads.held(places(file), file.blake3, file.size_bytes)
 
     async def _load(self, key: str) -> tuple[str, int, bytes] | None:
-        """The whole span of a blob, if it pays and was not read for this page before."""
+        """Read the span of a blob in one request; None if that does not pay, or was done before for this page."""
         span = self._spans[key]
         if not span.worth_reading:
             return None
@@ -202,7 +202,7 @@ class _Page:
         try:
             data = await joined(self._blobs.read(key, span.start, span.end - span.start))
         except (CorruptError, UnavailableError):
-            return None  # file by file: what one place has lost another may have
+            return None  # read file by file: another place may have the bytes that this one lost
         self._held = (key, span.start, data)
         return self._held
 
@@ -217,5 +217,5 @@ def _size(group: Group) -> int:
 
 
 def places(file: PlacedFile) -> list[tuple[str, int]]:
-    """Where to look for a file's bytes, the first place first: key and offset."""
+    """The places of a file's bytes, as key and offset, in the order in which to try them."""
     return [(file.key, file.offset), (content_key(file.blake3), 0)]

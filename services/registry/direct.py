@@ -1,4 +1,4 @@
-"""The registry on log, writer, blob store and views in this process, without a gateway in between."""
+"""The registry on a log, writer, blob store and views that this process has opened, without a gateway in between."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _CLASSES_REMEMBERED = 10_000
 
 
 FRESH_SECONDS = 1.0
-"""How old the known end may be. A reader may see events of other packages again that are no older than this."""
+"""How old the known end may be. A reader may see events of other packages twice if they are not older than this."""
 
 PATIENCE_SECONDS = 0.2
 """How long writes wait to learn the log's end. They succeed without it, since other partitions may be unavailable."""
@@ -88,14 +88,14 @@ class KnownEnd:
         self._log = log
         self._known: Position | None = None
         self._since = -math.inf
-        """When `_known` was asked for, on the monotonic clock (s)."""
+        """When the request for `_known` began, on the monotonic clock (s)."""
         self._question: asyncio.Task[None] | None = None
         self._asked = -math.inf
         self._alone = False
         """Whether the log has only one partition, so that its writer knows the whole position."""
 
     async def before_write(self) -> Position | None:
-        """Where the log ends now or ended before; None if that is not known, or not needed."""
+        """Where the log ends now, or ended recently; None if that is not known, or not needed."""
         if self._alone:
             return None
         now = time.monotonic()
@@ -135,8 +135,8 @@ class KnownEnd:
 class DirectRegistry(Registry):
     """The façade over the parts, for a caller with all rights; `for_principal` makes one for a caller with fewer.
 
-    `upload_key` signs the states of resumable uploads. `freshen`, where given, brings a view up to the log's end before
-    it is read.
+    `upload_key` signs the states of resumable uploads. `freshen`, if given, brings a view up to the log's end before it
+    is read.
     """
 
     def __init__(
@@ -169,12 +169,12 @@ class DirectRegistry(Registry):
         self.origins = Origins(self._find_origins)
         self._grants: Grants = EVERYTHING
         self.principal: str | None = None
-        """Who writes in the name of the given actors; None if the actors write themselves."""
+        """The sender who writes in the name of the given actors; None if the actors write themselves."""
 
     def for_principal(self, principal: Principal, *, delegates: bool = False) -> DirectRegistry:
-        """The same registry with the principal's rights: what they may not read is not found.
+        """The same registry with the principal's rights: packages that they may not read are not found.
 
-        With `delegates`, events name the principal beside the given actors.
+        With `delegates`, events name the principal as well as the given actors.
         """
         if principal.grants == EVERYTHING and not delegates:
             return self
@@ -190,9 +190,9 @@ class DirectRegistry(Registry):
         return found
 
     def limit_again(self, principal: Principal) -> None:
-        """Give the principal these rights from now on, for requests under way too.
+        """Apply these rights of the principal from now on, also to requests under way.
 
-        Raises ForbiddenError: they had all rights, and now have fewer.
+        Raises ForbiddenError: the principal had all rights, and now has fewer.
         """
         if self._grants is EVERYTHING:
             raise ForbiddenError(f"{principal.actor} no longer has all rights")
@@ -205,7 +205,7 @@ class DirectRegistry(Registry):
 
     @property
     def uploads(self) -> ResumableUploads:
-        """Files that arrive in several requests."""
+        """Uploads of files in several requests."""
         if self._uploads is None:
             self._uploads = ResumableUploads(
                 self._blobs,
@@ -338,7 +338,7 @@ class DirectRegistry(Registry):
     async def _recorded(
         self, package_id: UUID, files: Sequence[NamedFile], command_id: UUID | None
     ) -> list[Placed] | None:
-        """These files as an earlier try of the command recorded them; None if there was none, or with other files.
+        """The files as an earlier attempt of the command recorded them; None if there was none, or with other files.
 
         A retry must get the first answer even if the views do not show yet, or no longer show, that the caller may read
         the files. Only the package's own events are read: looking for the named blobs would reveal which are stored.
@@ -371,7 +371,7 @@ class DirectRegistry(Registry):
         return await self._bundles.known(digests)
 
     async def _require_readable(self, files: Sequence[NamedFile]) -> None:
-        """Raise UnknownContentError unless the caller has these files' bytes, or might read them."""
+        """Raise UnknownContentError unless the caller may read these files' bytes in some package."""
         if self._readable.everywhere:
             return
         blobs = await self._readable_of([file.blob for file in files], self._queries.readable_blobs)
@@ -386,7 +386,7 @@ class DirectRegistry(Registry):
     async def _readable_of(
         self, digests: Sequence[bytes], ask: Callable[[Set[bytes]], Awaitable[frozenset[bytes]]]
     ) -> frozenset[bytes]:
-        """Those of the digests that are in packages that the caller may read; none while the views are unavailable."""
+        """The digests among these that are in packages that the caller may read; none if the views are unavailable."""
         wanted, found = list(set(digests)), frozenset[bytes]()
         try:
             await self._fresh()
@@ -498,7 +498,7 @@ class DirectRegistry(Registry):
     async def read_content(
         self, found: FoundFile, offset: int = 0, length: int | None = None
     ) -> AsyncGenerator[bytes, None]:
-        """As `open_content`, of a file that `find_content` has found."""
+        """As `open_content`, for a file that `find_content` has found."""
         file = found.file
         if offset < 0 or (length is not None and length < 0):
             raise InvalidRequestError("offset and length of a range must not be negative")
@@ -510,7 +510,7 @@ class DirectRegistry(Registry):
         return await self._bundles.reads.part(_places(found), offset, wanted)
 
     async def read_held(self, found: FoundFile) -> bytes:
-        """All bytes of a file that `find_content` has found, of at most HELD_BYTES. Raises as `open_content`."""
+        """All bytes of a file that `find_content` has found; at most HELD_BYTES. Raises as `open_content`."""
         return await self._bundles.reads.held(_places(found), found.file.blake3, found.file.size_bytes)
 
     async def get_manifest_bytes(
@@ -561,9 +561,9 @@ class DirectRegistry(Registry):
         return await find_origins(package_ids, self._queries, self._log, self.package_extent)
 
     async def package_extent(self, package_id: UUID) -> PackageExtent | None:
-        """Where the package's events lie, as far as that can be found out quickly; None if nothing is known."""
+        """Where the package's events lie, if that can be found out quickly; otherwise None."""
         if self._freshen is not None:
-            return None  # the embedded log needs none
+            return None  # the embedded log needs no extent
         found = await self._writer.extent(package_id)
         if found is not None:
             return found
@@ -572,7 +572,7 @@ class DirectRegistry(Registry):
                 package = await self._queries.package(package_id)
         except (TimeoutError, ArtifactStoreError):
             return None
-        # What the view has not seen may be in the log.
+        # Events that the view has not seen may be in the log.
         return None if package is None else PackageExtent(package.created_at)
 
     async def _record(
@@ -583,8 +583,8 @@ class DirectRegistry(Registry):
         command_id: UUID | None,
         principal: str | None,
     ) -> Acknowledgement:
-        """Record files whose bytes are durable by now."""
-        now = self._blobs.clock.micros()  # by the store's clock, since the receipt is about what the store did
+        """Record files whose bytes are durable."""
+        now = self._blobs.clock.micros()  # by the store's clock, since the receipt is about the store
         files = tuple(
             StoredFile(
                 relative_path=file.relative_path,
@@ -615,7 +615,7 @@ class DirectRegistry(Registry):
         return await self._record(package_id, [file], actor, command_id, principal)
 
     async def _may_write(self, package_id: UUID) -> bool:
-        """Whether the caller may write to the package, in whatever state it is."""
+        """Whether the caller has the right to write to the package, whatever its state."""
         if self._grants is EVERYTHING:
             return True
         try:
@@ -638,11 +638,11 @@ class DirectRegistry(Registry):
         *,
         settled: bool = False,
     ) -> Found | None:
-        """What `read` finds, once the view is recent enough.
+        """The result of `read`, once the view is recent enough.
 
-        With `wait_sequence`, the view must hold the package's event with this number. Without it, a read that finds
+        With `wait_sequence`, the view must hold the package's event with this sequence. Without it, a read that finds
         nothing waits until the view holds what the log held when the request came, so that nothing acknowledged is
-        reported as missing. Set `settled` for what never changes once it is there: if it is found, it is current.
+        reported as missing. Set `settled` for things that never change: if one is found, it is current.
         """
         if wait_sequence is not None and package_id is not None:
             await self._wait_sequence(package_id, wait_sequence)
@@ -657,7 +657,7 @@ class DirectRegistry(Registry):
         return await read()
 
     async def _require_followed(self, package_id: UUID) -> None:
-        """Raise PackageParkedError if the view has stopped following the package: what it lacks may be in the log."""
+        """Raise PackageParkedError if the view has stopped following the package: it may lack events of the log."""
         parked = await self._queries.parked(package_id)
         if parked is not None:
             raise parked_error(package_id, parked)
@@ -687,7 +687,7 @@ class DirectRegistry(Registry):
 
 
 def _places(found: FoundFile) -> tuple[Place, ...]:
-    """Where its bytes may lie: at the places that the view knows, or by themselves."""
+    """Where the file's bytes may lie: at the places that the view knows, or in a blob that has only this file."""
     return (*found.places, (content_key(found.file.blake3), 0))
 
 
@@ -697,7 +697,7 @@ def _check_limit(limit: int) -> None:
 
 
 async def _bounded(files: Bundle) -> AsyncIterator[Group]:
-    """The same bundle. Raises TooLargeError at the file that is one too many for a command."""
+    """The same bundle. Raises TooLargeError at the first file that exceeds a command's limit."""
     count = 0
     async for group in files:
         count += 1 if isinstance(group, StreamedFile) else len(group)

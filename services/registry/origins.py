@@ -1,4 +1,4 @@
-"""Which events a client gets and in which order, and the origins of packages by which they are filtered."""
+"""Filtering events by the origins of their packages, and ordering them by time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from services.log.port import Log, PackageExtent
 from services.views.queries import Origin, Queries
 
 REMEMBERED = 20_000
-"""Packages whose origins are remembered."""
+"""How many packages' origins are remembered."""
 
 MOST_BY_TIME = 64
-"""Of so many partitions events are read in the order of time, which takes a reader for each."""
+"""The most partitions from which events are read in order of time: each one needs a reader."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScopedFilter(EventFilter):
-    """The events that a client asks for, of the packages that it may read."""
+    """A filter for events that also leaves out packages that the client may not read."""
 
     scope: Scope = EVERYWHERE
 
@@ -42,15 +42,15 @@ class ScopedFilter(EventFilter):
 
 
 ExtentOf = Callable[[UUID], Awaitable[PackageExtent | None]]
-"""Tells where a package's events lie, as far as that is known."""
+"""Finds where a package's events lie; None if that is not known."""
 
 
 async def find_origins(
     package_ids: Set[UUID], queries: Queries | None, log: Log, extent: ExtentOf | None = None
 ) -> Mapping[UUID, Origin]:
-    """Origins of these packages, from the view, if there is one, or else from the log.
+    """The origins of these packages, from the view if it has them, else from the log.
 
-    A package of which the log holds no creation is absent. Raises UnavailableError, CorruptError.
+    A package whose creation is not in the log is absent. Raises UnavailableError, CorruptError.
     """
     found: dict[UUID, Origin] = {}
     with suppress(UnavailableError):
@@ -66,11 +66,11 @@ async def find_origins(
 
 
 FindOrigins = Callable[[Set[UUID]], Awaitable[Mapping[UUID, Origin]]]
-"""Finds the origins of packages. Packages of which the log holds no creation are absent."""
+"""Finds the origins of packages. Packages whose creation is not in the log are absent."""
 
 
 class Origins:
-    """Origins of packages, by which events are filtered. They never change, and so are remembered.
+    """Origins of packages, by which events are filtered. They never change, so they are remembered.
 
     Belongs to one event loop.
     """
@@ -80,28 +80,28 @@ class Origins:
         self._known: dict[UUID, Origin | None] = {}
 
     def note(self, event: RecordedEvent) -> None:
-        """Learn what the event tells."""
+        """Remember the origin of the event's package, if the event contains it."""
         payload = event.payload
         if isinstance(payload, PackageCreated):
             self._remember({event.package_id: Origin.of(payload)})
         elif isinstance(payload, AdministrativePayload):
-            self._remember({event.package_id: None})  # a partition's: it belongs to no producer
+            self._remember({event.package_id: None})  # the event of a partition, which belongs to no producer
 
     async def shows(self, event: RecordedEvent, wanted: EventFilter) -> bool:
-        """Whether the filter takes the event. Learns what it tells. Raises UnavailableError."""
+        """Whether the filter lets the event through. Also does what `note` does. Raises UnavailableError."""
         self.note(event)
         takes = wanted.takes(event.package_id, event.event_type)
         return takes and not await self.hidden({event.package_id}, wanted)
 
     async def hidden(self, package_ids: Set[UUID], wanted: EventFilter) -> Set[UUID]:
-        """Those of these packages that the filter leaves out, or whose origin nobody knows. Raises UnavailableError."""
+        """The packages among these that the filter leaves out, or whose origin is unknown. Raises UnavailableError."""
         if not wanted.needs_origins:
             return frozenset()
         origins = await self._of(package_ids)
         return {id_ for id_, origin in origins.items() if origin is None or not wanted.includes(*origin)}
 
     async def of(self, package_id: UUID) -> Origin | None:
-        """The package's origin, None if nobody knows it. Raises UnavailableError."""
+        """The package's origin, or None if it is unknown. Raises UnavailableError."""
         return (await self._of({package_id}))[package_id]
 
     async def _of(self, package_ids: Set[UUID]) -> Mapping[UUID, Origin | None]:
@@ -118,10 +118,10 @@ class Origins:
 
 
 async def in_order_of_time(log: Log, since: Position | None, until: Position) -> AsyncGenerator[RecordedEvent]:
-    """Events after `since` up to `until` by `created_at`, of equal times by partition.
+    """Events after `since` up to `until`, sorted by `created_at` and then by partition.
 
-    Within a partition they are in this order already. Each partition has a reader of its own until the end. Raises as
-    `Log.read`; InvalidRequestError when there are too many partitions.
+    Within a partition they are already in this order. Each partition has a separate reader until the end. Raises as
+    `Log.read`; InvalidRequestError if there are too many partitions.
     """
     offsets = {} if since is None else dict(since.offsets)
     if since is not None:
@@ -130,7 +130,7 @@ async def in_order_of_time(log: Log, since: Position | None, until: Position) ->
     if len(behind) > MOST_BY_TIME:
         raise InvalidRequestError(
             f"events of at most {MOST_BY_TIME} partitions can be read by time, and these lie in {len(behind)}: "
-            "read them as they lie, and sort them by created_at"
+            "read them in the log's order, and sort them by created_at"
         )
     async with AsyncExitStack() as readers:
         waiting: list[tuple[int, int, RecordedEvent, AsyncGenerator[RecordedEvent]]] = []
@@ -152,7 +152,7 @@ async def in_order_of_time(log: Log, since: Position | None, until: Position) ->
 
 
 class LogEvents:
-    """`Registry.read_events` on a log alone, for who may read all of it. Belongs to one event loop."""
+    """`Registry.read_events` on a log alone, for a caller that may read all of it. Belongs to one event loop."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -171,7 +171,7 @@ class LogEvents:
 
 
 async def position_of(log: Log, start: Start) -> Position | None:
-    """The position from which a reader that begins at `start` reads. Raises UnavailableError."""
+    """The position after which reading begins for `start`; None for the log's start. Raises UnavailableError."""
     if start == NOW:
         return await log.end()
     return await log.at_time(start) if isinstance(start, int) else start
