@@ -1,6 +1,6 @@
 """The oracle: reads log, blobs and views, and names every broken invariant.
 
-It shares the language (`schemas`), the ports and the folds with what it checks, none of the code that writes the log.
+It shares the language (`schemas`), the ports and the folds with what it checks, but no code that writes the log.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ async def verify(
     remove_orphans: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Check every invariant on these parts; with `check_bytes` every blob is read and hashed, damaged ones set aside.
+    """Check every invariant on these parts. With `check_bytes`, read and hash every blob, and set damaged ones aside.
 
-    Memory does not depend on the length of the log: what must be remembered lies in temporary files. Runs beside
-    writers and projectors: the log is read to the end as it is now, each view is compared with a fresh fold of the log
-    up to where that view stands. With `remove_orphans`, large bodies that were stored a day ago or earlier and that no
-    event names are removed; never when anything is wrong with the log. Without these two nothing is changed.
+    Memory does not depend on the length of the log: temporary files hold what must be remembered. May run beside
+    writers and projectors: the log is read up to its end at the time of the call, and each view is compared with a
+    fresh fold of the log up to the view's position. With `remove_orphans`, removes large bodies that were stored a day
+    ago or earlier and that no event names, unless anything is wrong with the log. Without these two options, nothing is
+    changed.
 
-    Raises UnavailableError, ConfigurationError: a part cannot be reached; CorruptError: the log does not say which it
-    is. What else is wrong is in the report.
+    Raises UnavailableError, ConfigurationError: a part cannot be reached; CorruptError: the log has no readable
+    identity. Everything else that is wrong is in the report.
     """
     report = Report()
     notify = progress or (lambda _: None)
-    # An event that names a body is appended seconds after it was stored: the log, read from here on, has had a day.
+    # An event is appended seconds after its body was stored. The log is read from now on, so events had a day's time.
     before = await blobs.now() - timedelta(seconds=IDLE_SECONDS)
     spared = await keys_to_come(blobs)
     with Notes() as notes:

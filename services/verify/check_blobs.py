@@ -1,8 +1,8 @@
-"""Checking the blob store: what events name is there and, when bytes are read, is what was acknowledged.
+"""Checking the blob store: every blob that events name exists and, if bytes are read, has the acknowledged digests.
 
-A damaged object is set aside: as long as it lies under its key, an upload of the same bytes would find it there and
-store nothing. What is still good in it, which a pack of many files may hold much of, is stored under the files' own
-content-addressed keys first; readers look there when a location fails.
+A damaged object is set aside, because an upload of the same bytes would find it under its key and store nothing. Before
+that, the intact files in it (a damaged pack may hold many) are stored under their own content-addressed keys, where
+readers look when a location fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _READ_AT_ONCE = 4
 
 
 class BlobCheck:
-    """One pass over every key that the log names, in memory that does not depend on how many there are."""
+    """One pass over every key that the log names. Its memory does not depend on the number of keys."""
 
     def __init__(
         self, blobs: BlobStore, notes: Notes, report: Report, *, check_bytes: bool, progress: Callable[[Report], None]
@@ -43,7 +43,7 @@ class BlobCheck:
         self._read_bytes = 0
 
     async def run(self) -> None:
-        """Look at every blob. Raises UnavailableError when the store as a whole cannot be used."""
+        """Check every blob. Raises UnavailableError if the store as a whole cannot be used."""
         report = self._report
         report.expected_blobs, size = self._notes.totals()
         if self._check_bytes:
@@ -92,7 +92,7 @@ class BlobCheck:
     async def _check_content(self, key: str, size: int, claims: Sequence[Claim]) -> None:
         try:
             found = await self._read(key, size, claims)
-        except CorruptError as error:  # it went away, or was cut short, in this very moment
+        except CorruptError as error:  # it was removed or truncated while it was read
             await self._complain(claims, "blob-damaged", f"changed while it was read: {error.detail}")
             return
         except UnavailableError as error:
@@ -111,10 +111,10 @@ class BlobCheck:
             self._report.add("blob-damaged", claims[0].place, f"blob {key} is not what its key says; {moved}")
 
     async def _set_aside(self, key: str, claims: Sequence[Claim], sound: Sequence[Claim]) -> str | None:
-        """Move the object away; what became of it in words, None if what was moved is right after all.
+        """Move the object away. Returns what became of it, as text; None if its bytes are right after all.
 
-        That happens when an upload put the right bytes in place meanwhile, or when they were read wrongly: so what was
-        moved is read once more, and all that is good in it stored where readers look for it.
+        They are right if an upload replaced the object meanwhile, or if they were read wrongly before. So the moved
+        object is read once more, and everything intact in it is stored where readers look for it.
         """
         aside = None
         try:
@@ -144,15 +144,15 @@ class BlobCheck:
             self._report.set_aside[key] = aside
 
     async def _keep(self, key: str, sound: Sequence[Claim]) -> None:
-        """Store what is good in an object under the files' own content-addressed keys."""
+        """Store the intact files of an object under their own content-addressed keys."""
         for claim in sound:
-            await self._lies_elsewhere(claim)  # a copy that is damaged as well is set aside, or nothing would be stored
+            await self._lies_elsewhere(claim)  # sets a damaged copy aside: otherwise `store` would store nothing
             body = self._blobs.read(key, claim.start, claim.length)
             declared = Declared(claim.length, claim.blake3, claim.sha256 or None)
             await self._blobs.store(body, declared=declared, max_bytes=claim.length)
 
     async def _complain_unreadable(self, claims: Sequence[Claim], error: UnavailableError) -> None:
-        await self._blobs.check()  # if it is the store and not this object, that is the end of the verification
+        await self._blobs.check()  # raises, and so ends the verification, if the cause is the store and not this object
         await self._complain(claims, "blob-damaged", f"cannot be read, and stays where it is: {error.detail}")
 
     async def _complain(self, broken: Sequence[Claim], kind: str, wrong: str) -> None:
@@ -199,14 +199,14 @@ _log = logging.getLogger(__name__)
 
 
 async def keys_to_come(blobs: BlobStore) -> frozenset[str] | None:
-    """The keys that an event may come to name; None if nobody can tell. Raises UnavailableError.
+    """The keys of uploads that an event may yet name; None if they cannot be determined. Raises UnavailableError.
 
-    To be asked for before the log is read: what is completed meanwhile may be named behind the end that is read to, and
-    an upload that began long before may look as old as that (Amazon S3 dates an object to the beginning of its upload).
+    Call this before the log is read. The event of an upload that completes meanwhile may lie after the end up to which
+    the log is read, and the object may look old (Amazon S3 dates an object to the start of its upload).
     """
     try:
         return await blobs.fresh_uploads() | await UploadStates(blobs).blob_keys()
-    except CorruptError as error:  # the state of an upload cannot be read: nobody can tell what it would have named
+    except CorruptError as error:  # an upload's state cannot be read, so its blob's key is unknown
         _log.error("orphans are not looked for: %s", error.detail)
         return None
 
@@ -220,11 +220,10 @@ async def find_orphans(
     spared: frozenset[str] | None,
     remove: bool,
 ) -> None:
-    """Count the orphans that were stored before that moment and, if they are to go, remove them.
+    """Count the orphans that were stored before that time and, with `remove`, remove them. Raises UnavailableError.
 
-    Nothing is said of a log in which anything is wrong: it may name what could not be read, and a command that waits
-    for its retry may still come to name what was stored for it. Nor where `spared` is None: see `keys_to_come`.
-    Raises UnavailableError.
+    Does nothing if anything is wrong with the log: an unreadable event may name a blob, and so may the retry of an
+    unfinished command. Also does nothing if `spared` is None: see `keys_to_come`.
     """
     if not report.clean or spared is None:
         return
@@ -239,14 +238,14 @@ async def find_orphans(
     report.removed = removed if remove else None
 
 
-_INLINE_BYTES = 64 * 1024  # up to here hashing takes less time than handing the work to a thread
+_INLINE_BYTES = 64 * 1024  # up to this size, hashing takes less time than handing the work to a thread
 
 
 class Rehash:
-    """The object of `size` bytes under one key. `sound` are the claims that its bytes bear out, `broken` the others."""
+    """Hashes an object of `size` bytes. `sound` are the claims that its bytes match, `broken` the others."""
 
     def __init__(self, size: int, claims: Sequence[Claim]) -> None:
-        """`claims` come by their start, then by their length."""
+        """`claims` must be sorted by start, then by length."""
         ordered = [
             (place, list(same)) for place, same in groupby(claims, key=lambda claim: (claim.start, claim.length))
         ]
@@ -259,10 +258,10 @@ class Rehash:
         self.sound: list[Claim] = []
         self.broken: list[Claim] = []
         self.digest = b""
-        """BLAKE3 of the whole (32 raw bytes)."""
+        """BLAKE3 of the whole object (32 raw bytes)."""
 
     async def read(self, chunks: AsyncIterable[bytes], count: Callable[[int], None]) -> None:
-        """Read the object to its end; `count` is told the length of each piece. Raises what the chunks raise."""
+        """Read the object to its end. `count` is called with each chunk's length. Raises whatever `chunks` raises."""
         async for chunk in chunks:
             if len(chunk) <= _INLINE_BYTES:
                 self._feed(chunk)

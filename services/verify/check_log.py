@@ -1,4 +1,4 @@
-"""Checking the log: every event of every package in order, noting what each claims of the blob store."""
+"""Checking the log: every event of every package in order. Each event's claims about the blob store are noted."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _PROGRESS_EVERY = 1000
 
 
 class LogCheck:
-    """One pass over the log, in memory that does not depend on its length."""
+    """One pass over the log. Its memory does not depend on the log's length."""
 
     def __init__(self, log: Log, notes: Notes, report: Report, *, backend_id: str, progress: Progress) -> None:
-        """`backend_id` is that of the blob store at hand."""
+        """`backend_id` is that of the blob store in use."""
         self._log = log
         self._notes = notes
         self._report = report
@@ -51,9 +51,9 @@ class LogCheck:
         self._administrative: dict[UUID, AdministrativeHead] = {}
 
     async def run(self) -> None:
-        """Read to the end as it is now. Raises UnavailableError; what is wrong with the log goes into the report.
+        """Read up to the log's end at the time of the call, and add what is wrong to the report.
 
-        Also CorruptError: the log cannot be told from others.
+        Raises UnavailableError; CorruptError: the log has no readable identity.
         """
         end = await self._log.end()
         await self._look_below()
@@ -72,7 +72,7 @@ class LogCheck:
         self._progress(self._report)
 
     async def _compare_repeats(self) -> None:
-        """Look whether events that came again are those that were there: read once more up to the last of them."""
+        """Compare repeated events with the first ones: reads the log once more, up to the last repeat."""
         ends = self._notes.repeats_end()
         if not ends:
             return
@@ -113,7 +113,7 @@ class LogCheck:
             await asyncio.sleep(0)
 
     def _name(self, record: Record, bad: BadRecord) -> None:
-        """Name a record that is no event. If an event is in it, its package may lack just that: it is followed."""
+        """Report a record that is not a valid event. An event that is in it is followed: its package may need it."""
         with suppress(UndecodableEventError):
             event = decode(record.value)
             if not is_administrative(event):
@@ -141,7 +141,7 @@ class LogCheck:
             case FileIngested() as file:
                 report.files += 1
                 if file.receipt.backend_id != self._backend_id:
-                    report.add("backend", place, f"{file.receipt.backend_id!r} is not the backend that is at hand")
+                    report.add("backend", place, f"{file.receipt.backend_id!r} is not the backend in use")
                     claim = None
             case PackageFinalized():
                 report.manifests += 1
@@ -175,12 +175,12 @@ class LogCheck:
         self._last_at[partition] = event.created_at
 
     def _note(self, claim: Claim) -> None:
-        if claim.start >= 0 and claim.length >= 0:  # anything else is no receipt, and named as that
+        if claim.start >= 0 and claim.length >= 0:  # anything else is reported as a bad receipt
             self._notes.note_claim(claim)
 
 
 class Histories:
-    """All packages of a log. Memory is bounded: what must be remembered lies in the notes."""
+    """The histories of all packages of a log. Memory is bounded: `notes` holds what must be remembered."""
 
     def __init__(self, notes: Notes, complain: Complain) -> None:
         self._notes = notes
@@ -188,9 +188,9 @@ class Histories:
         self._named = 0
 
     def follow(self, event: Event) -> tuple[bool, Claim | None] | None:
-        """Check the next event of its package; whether the package is new, and what the event claims of a blob.
+        """Check the next event of its package. Returns whether the package is new, and the event's claim about a blob.
 
-        None for an event whose number the package has already: it is passed over, as everybody does.
+        Returns None for an event whose sequence the package already has: all readers pass over such an event.
         """
         head, is_new = self._notes.head(event.package_id)
         if 1 <= event.sequence <= head.sequence:
@@ -266,11 +266,11 @@ class Histories:
         if not _is_jcs_object(payload.metadata):
             self._complain("metadata", place, "metadata is not a JSON object in JCS form")
         if payload.retention_days is not None and payload.retention_days < 0:
-            self._complain("retention", place, f"{payload.retention_days} days are no period")
+            self._complain("retention", place, f"{payload.retention_days} days are not a period")
         self._notes.note_creation(event.package_id, payload)
 
     def _check_file(self, event: Event, payload: FileIngested, place: str) -> bool:
-        """Whether the path was there before."""
+        """Check the event of a file. Returns whether the package already had its path."""
         self._check_payload_digest(event, payload, place)
         try:
             check_path(payload.relative_path)
@@ -358,9 +358,9 @@ _FIELDS = tuple(Event.__slots__)
 
 
 def differs(event: Event, head: Head, *, known_path: bool) -> str | None:
-    """What of the event is not as `decide` makes it, given what came before; None if all of it is.
+    """How the event differs from what `decide` makes in the package's state, as text; None if it does not.
 
-    `head` stands before the event; `known_path`: the package held the event's path already.
+    `head` is the package's head before the event; `known_path` says whether the package already had the event's path.
     """
     try:
         if isinstance(event.payload, PackageCreated):
@@ -376,7 +376,7 @@ def differs(event: Event, head: Head, *, known_path: bool) -> str | None:
 
 
 def _names_no_key(payload: Payload) -> bool:
-    """Whether the receipt's key is one that the check of the blobs complains about."""
+    """Whether the receipt's key is invalid, which the check of the blobs reports."""
     try:
         return isinstance(payload, FileIngested) and not checked_key(payload.receipt.key)
     except CorruptError:
@@ -415,9 +415,9 @@ _MAP_OF_FOUR = b"\xa4"
 
 
 class ManifestCheck:
-    """Digest (32 raw bytes) and length of the manifest that the noted events make, and whether `recorded` is the same.
+    """The digest (32 raw bytes) and length of the manifest of the noted events, and whether `recorded` is the same.
 
-    Memory is bounded: nothing of the manifest is kept.
+    Memory is bounded, because the manifest is not kept.
     """
 
     def __init__(self, notes: Notes, event: Event, head: Head, recorded: bytes | None) -> None:

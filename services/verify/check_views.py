@@ -1,4 +1,4 @@
-"""Checking a view: its digest must be that of a fresh fold of the log up to where the view stands."""
+"""Checking a view: its digest must equal that of a fresh fold of the log up to the view's position."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from services.views.projections import Projection
 _BATCH_EVENTS = 1000
 
 _UNREADABLE = (ValueError, TypeError, AttributeError, DBAPIError)
-"""What SQLAlchemy and the driver raise for values that only a hand or a disk can have put into a SQLite file."""
+"""Raised by SQLAlchemy and the driver for values that can only come from manual edits or disk errors in SQLite."""
 
 
 async def check_view(log: Log, views: Views, fresh: Views, projection: Projection, report: Report) -> None:
-    """Compare `projection` in `views` with a fold into `fresh`, an empty views database of its own.
+    """Compare `projection` in `views` with a fold into `fresh`, another views database, where it is still empty.
 
     Raises UnavailableError, ConfigurationError: the log or a database cannot be used.
     """
@@ -37,12 +37,12 @@ async def check_view(log: Log, views: Views, fresh: Views, projection: Projectio
     except CorruptError as error:
         report.add("view-position", place, f"cannot be compared: {error.detail}")
         return
-    except _UNREADABLE as error:  # what else was found is not to be lost for it
+    except _UNREADABLE as error:  # caught so that the rest of the report is not lost
         report.add("view", place, f"cannot be read: a value does not fit its column ({type(error).__name__})")
         return
-    if found.position is None:  # it has folded nothing yet, or says so
+    if found.position is None:  # it has folded nothing yet, or claims so
         if found.rows:
-            report.add("view", place, f"has {found.rows:,} rows and was folded from no log")
+            report.add("view", place, f"has {found.rows:,} rows but was not folded from any log")
         return
     for mark in marks:
         where = f"{place} package {mark.package}"
@@ -62,7 +62,7 @@ async def check_view(log: Log, views: Views, fresh: Views, projection: Projectio
 
 async def _fold_up_to(log: Log, fresh: Views, projection: Projection, until: Position) -> None:
     """Fold exactly the events before `until`, in batches."""
-    fresh.max_parked = sys.maxsize  # as many as there are: the view that is compared may have been allowed to
+    fresh.max_parked = sys.maxsize  # unlimited, because the compared view may have had any limit
     checkpoint = await load_checkpoint(fresh, projection, until.log)
     async with aclosing(read_range(log, checkpoint, until.offsets, batch_events=_BATCH_EVENTS)) as batches:
         async for batch in batches:

@@ -1,8 +1,8 @@
-"""What the oracle must remember while it reads the log: in a temporary file, so that its memory does not grow.
+"""The oracle's notes: what it must remember while it reads the log, in a temporary file, so that memory does not grow.
 
-The file is SQLite's private temporary database: it has no name once it is open, so that nothing is left of it however
-the process ends. It lies where SQLite puts temporary files (`SQLITE_TMPDIR`, then `TMPDIR`). Some 1.5 KB a file of an
-open package, 300 bytes a blob and 400 bytes a package are needed there.
+The file is SQLite's private temporary database. It has no name once it is open, so nothing is left of it however the
+process ends. It lies where SQLite puts temporary files (`SQLITE_TMPDIR`, then `TMPDIR`), and needs about 1.5 KB for
+each file of an open package, 300 bytes for each blob and 400 bytes for each package.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CREATE TABLE repeats (
 
 @dataclass(slots=True)
 class OpenCommand:
-    """A command of which fewer events were read than it counts."""
+    """A command of which only some events were read so far."""
 
     command_id: UUID
     actor: str
@@ -56,7 +56,7 @@ class OpenCommand:
 
 @dataclass(slots=True)
 class Head:
-    """What every package needs between its events, finalized or not."""
+    """The state of a package, open or finalized, that is needed to check its next event."""
 
     sequence: int = 0
     digest: bytes = NO_DIGEST
@@ -70,9 +70,9 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one event says of a blob: `length` bytes from `start` of `key` have these digests.
+    """An event's claim about a blob: the `length` bytes at `start` of `key` have these digests.
 
-    Digests are 32 raw bytes; `sha256` is empty for a manifest, which has none. `whole`: nothing else is in the object.
+    Digests are 32 raw bytes; `sha256` is empty for a manifest, which has none. `whole`: the object has no other bytes.
     """
 
     key: str
@@ -87,7 +87,7 @@ class Claim:
 
     @classmethod
     def of_file(cls, event: Event, file: FileIngested) -> Self:
-        """What the event of this file says."""
+        """The claim of this file's event."""
         at = file.receipt
         whole = at.offset == 0 and at.key == content_key(file.blake3)
         place, digests = (at.key, at.offset, at.length), (file.blake3, file.sha256)
@@ -100,20 +100,20 @@ class Claim:
 
     @property
     def what(self) -> str:
-        """What the bytes are to it."""
+        """What the bytes are, for people."""
         return f"file {self.path!r}" if self.sha256 else "its manifest"
 
 
 class Notes:
-    """The notes of one verification. A context manager; its file is gone at the end. Used by one thread; blocks.
+    """The notes of one verification. A context manager, at whose end the file is gone. Used by one thread; blocks.
 
-    What leaves the context as an error of SQLite is UnavailableError: there is no room for the file.
+    An SQLite error that leaves the context becomes UnavailableError: the temporary file cannot be used.
     """
 
     def __init__(self, cached_heads: int = _CACHED_HEADS) -> None:
         """`cached_heads` packages are kept in memory, the others in the file."""
         self._db = sqlite3.connect("", isolation_level=None)
-        # Nothing needs to survive: one transaction that never ends, without a journal.
+        # Nothing needs to survive, so there is one transaction that never ends, without a journal.
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("PRAGMA synchronous = OFF")
         self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
@@ -133,7 +133,7 @@ class Notes:
             ) from error
 
     def head(self, package_id: UUID) -> tuple[Head, bool]:
-        """The package's head, to be changed in place until the next is asked for; and whether it is a new one."""
+        """The package's head, and whether it is new. Change it in place, before the next call."""
         package = package_id.bytes
         head = self._heads.get(package)
         if head is not None:
@@ -156,17 +156,17 @@ class Notes:
         )
 
     def creation(self, package_id: UUID) -> PackageCreated | None:
-        """What was kept of the creation."""
+        """The package's creation; None if it was not noted, or forgotten."""
         row = self._db.execute("SELECT created FROM packages WHERE package = ?", (package_id.bytes,)).fetchone()
         return None if row is None or row[0] is None else PackageCreated(*cbor2.loads(row[0]))
 
     def note_file(self, package_id: UUID, path: str, entry: bytes, receipt: bytes) -> bool:
-        """Keep a file's two manifest items; False if the package has one of this path, which stays."""
+        """Keep a file's two manifest items. Returns False, and changes nothing, if its path is already known."""
         row = (package_id.bytes, _path(path), entry, receipt)
         return self._db.execute("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?)", row).rowcount > 0
 
     def entries(self, package_id: UUID) -> Iterator[bytes]:
-        """The files' entries, in the order of the bytes of their paths."""
+        """The files' entries, sorted by the bytes of their paths."""
         yield from self._items(package_id, "entry")
 
     def receipts(self, package_id: UUID) -> Iterator[bytes]:
@@ -174,7 +174,7 @@ class Notes:
         yield from self._items(package_id, "receipt")
 
     def note_command(self, package_id: UUID, command_id: UUID) -> bool:
-        """Keep that a command began; False if it did before."""
+        """Keep that a command began. Returns False if it was noted before."""
         row = (package_id.bytes, command_id.bytes)
         return self._db.execute("INSERT OR IGNORE INTO commands VALUES (?, ?)", row).rowcount > 0
 
@@ -185,7 +185,7 @@ class Notes:
         self._db.execute("UPDATE packages SET created = NULL WHERE package = ?", (package_id.bytes,))
 
     def unfinished(self) -> Iterator[tuple[UUID, UUID]]:
-        """Packages and their commands that are not whole."""
+        """The unfinished commands, as pairs of package id and command id."""
         for package, head in self._heads.items():
             self._write(package, head)
         query = "SELECT package, open_command FROM packages WHERE open_command IS NOT NULL ORDER BY package"
@@ -193,7 +193,7 @@ class Notes:
             yield UUID(bytes=package), UUID(bytes=cbor2.loads(command)[0])
 
     def note_repeat(self, record: Record, event: Event) -> None:
-        """Keep that the event's package had an event of its number already."""
+        """Keep a record whose event repeats a sequence of its package."""
         digest = record_digest(record.key, record.value)
         row = (event.package_id.bytes, event.sequence, record.partition, record.offset, digest)
         self._db.execute("INSERT INTO repeats VALUES (?, ?, ?, ?, ?)", row)
@@ -203,14 +203,14 @@ class Notes:
         return dict(self._db.execute("SELECT partition, max(offset) + 1 FROM repeats GROUP BY partition").fetchall())
 
     def take_repeats(self, event: Event) -> list[tuple[int, bytes]]:
-        """Offset and record digest of all that came again with the event's number. Forgets them."""
+        """Offset and record digest of all repeats of the event's sequence. Forgets them."""
         key = (event.package_id.bytes, event.sequence)
         return self._db.execute(
             "DELETE FROM repeats WHERE package = ? AND sequence = ? RETURNING offset, digest", key
         ).fetchall()
 
     def note_claim(self, claim: Claim) -> None:
-        """Keep a claim; of equal ones the first."""
+        """Keep a claim; of equal claims, only the first."""
         self._db.execute(
             "INSERT OR IGNORE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -224,12 +224,12 @@ class Notes:
         return self._db.execute("SELECT 1 FROM claims WHERE key = ? LIMIT 1", (key,)).fetchone() is not None
 
     def claimed_keys(self) -> Iterator[str]:
-        """Every key that is claimed, once."""
+        """Every claimed key, once."""
         for (key,) in self._db.execute("SELECT DISTINCT key FROM claims ORDER BY key"):
             yield key
 
     def claims(self, key: str) -> list[Claim]:
-        """What is claimed of a key, by where it starts; as many as the object has packed files, one otherwise."""
+        """The claims about a key, sorted by start: one for each packed file in the object, otherwise one."""
         found = self._db.execute("SELECT * FROM claims WHERE key = ? ORDER BY start, length", (key,))
         return [
             Claim(key, start, length, b3, sha, bool(whole), UUID(bytes=package), sequence, path)
@@ -237,9 +237,9 @@ class Notes:
         ]
 
     def totals(self) -> tuple[int, int]:
-        """How many keys are claimed, and how many bytes of them are; bytes that are claimed twice count twice.
+        """The number of claimed keys and of claimed bytes. Bytes that are claimed twice count twice.
 
-        Above 2^53 bytes not to the byte.
+        Above 2^53, the number of bytes is not exact.
         """
         keys = self._db.execute("SELECT count(*) FROM (SELECT DISTINCT key FROM claims)").fetchone()
         size = self._db.execute("SELECT total(length) FROM claims").fetchone()
@@ -260,7 +260,7 @@ class Notes:
 
 
 def _path(path: str) -> bytes:
-    """UTF-8, whose bytes SQLite compares as they are; surrogates, which no good path holds, are kept apart."""
+    """The path in UTF-8, so that SQLite compares its bytes. Surrogates, which only bad paths have, stay distinct."""
     return path.encode("utf-8", "surrogatepass")
 
 

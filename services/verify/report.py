@@ -1,4 +1,4 @@
-"""What a verification found: counts, and every broken invariant by name and place; and which ways of damage exist."""
+"""The report of a verification: counts, and each broken invariant with its kind and place; and all kinds of damage."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Complain = Callable[[str, str, str], None]
-"""Notes a violation: its kind, its place, and what is wrong in a sentence."""
+"""Reports a violation: its kind, its place, and a sentence that says what is wrong."""
 
 KINDS = {
     "gone": "records are gone: the log begins too late, ends too early or has a gap; reading stops there",
-    "log-file": "the embedded log's file is damaged: SQLite finds a page, a row or an index of it that is not whole",
-    "undecodable": "a record is no event that can be read, and no operator has confirmed that (`log skip`)",
+    "log-file": "the embedded log's file is damaged: SQLite finds a damaged page, row or index",
+    "undecodable": "a record is not a readable event, and no operator has confirmed that (`log skip`)",
     "administrative": "the administrative records of a partition are not numbered 1, 2, 3 … or not chained",
     "partition": "an event does not lie in the partition of its package",
     "key": "a record's key is not its package's id: readers of the package miss the event, and views park it",
-    "listed": "the embedded log lists an event under another number than its own: readers of the package stop there",
+    "listed": "the embedded log lists an event under a number that is not its own: readers of the package stop there",
     "created-at": "created_at decreases within a partition",
     "sequence": "a package's events are not numbered 1, 2, 3 …",
     "repeated-event": "an event has the number that an earlier one of its package has, and is another record",
@@ -31,7 +31,7 @@ KINDS = {
     "package-id": "package_id is not derived from sender and command",
     "payload-digest": "payload_digest is not that of the payload",
     "metadata": "metadata is not a JSON object in JCS form",
-    "retention": "the period of the retention class, as it is recorded, is no period",
+    "retention": "the recorded period of the retention class is not a period",
     "path": "a relative path breaks a rule",
     "duplicate-path": "a path was ingested before",
     "file-id": "file_id is not derived from package and path",
@@ -42,18 +42,18 @@ KINDS = {
     "manifest-form": "the manifest is neither inline nor a claim check, or both",
     "manifest-key": "the claim check does not name the manifest's content-addressed key",
     "manifest-totals": "file_count or total_bytes is not that of the package's events",
-    "decide": "the core would not have made this event out of its command and the package's state",
-    "backend": "an event names a storage backend that is not the one at hand",
+    "decide": "the core would not have made this event from its command and the package's state",
+    "backend": "an event names another storage backend than the one in use",
     "blob-key": "an event names a key that no blob can have",
     "blob-missing": "a blob that an event names is not there",
     "blob-damaged": "a blob is too short, or its bytes do not have the digests that were acknowledged",
     "blob-claim": "a blob is whole, but an event claims other digests for it",
-    "view": "a view is not what a fresh fold of the log gives",
+    "view": "a view differs from a fresh fold of the log",
     "parked": "a view stopped following a package at an event that it cannot read or apply",
     "view-position": "a view cannot be compared: it stands on another log, or the log cannot be folded",
 }
-"""Every way of damage that the oracle knows, by the kind of its violations. A test damages a log, a blob or a view in
-each of these ways and sees it caught; another holds docs/verify.md to this list."""
+"""Every kind of violation that the oracle can find. One test damages a log, a blob or a view in each of these ways and
+checks that it is found; another checks that docs/verify.md names all kinds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +67,28 @@ class Violation:
 
 @dataclass(slots=True)
 class Report:
-    """Counts of what was read, and what is wrong; `violations` beyond `kept` are counted but not kept."""
+    """Counts of what was read, and the violations; those beyond `kept` are counted but not kept."""
 
     events: int = 0
     packages: int = 0
     files: int = 0
     manifests: int = 0
     blobs: int = 0
-    """Objects of the store that were looked at."""
+    """Objects of the store that were checked."""
     bytes: int | None = None
-    """Bytes that were read and hashed; None when they were not to be read."""
+    """Bytes that were read and hashed; None if the check does not read them."""
     healed: int = 0
-    """Files whose bytes do not lie where their event says, but under their content-addressed key."""
+    """Files whose bytes are not where their event says, but under their content-addressed key."""
     orphans: int = 0
-    """Large bodies that were stored a day ago or earlier and that no event names; no violation."""
+    """Large bodies that were stored a day ago or earlier and that no event names; not violations."""
     removed: int | None = None
-    """How many of them were removed; None when none were to be."""
+    """How many of the orphans were removed; None if they were not to be removed."""
     skipped: int = 0
-    """Records that are no events and are passed over, as an operator has confirmed; no violation."""
+    """Records that are not events and are passed over, as an operator has confirmed; not violations."""
     repeated: int = 0
-    """Records that came again, byte for byte, and are passed over, as mirrors repeat them; no violation."""
+    """Byte-for-byte repeats of records, which tools that mirror topics cause. Passed over; not violations."""
     administrative: int = 0
-    """Records that belong to a partition of the log and to no package."""
+    """Records that belong to a partition of the log and not to a package."""
     unfinished_commands: int = 0
     views: dict[str, str] = field(default_factory=dict)
     """Digest of each view that was compared with a fresh fold."""
@@ -102,7 +102,7 @@ class Report:
     """How much there is to check, for progress displays."""
 
     def add(self, kind: str, place: str, detail: str) -> None:
-        """Note a violation. Raises KeyError for a kind that is not in KINDS."""
+        """Add a violation. Raises KeyError for a kind that is not in KINDS."""
         KINDS[kind]
         self.violation_count += 1
         if len(self.violations) < self.kept:
@@ -114,7 +114,7 @@ class Report:
         return self.violation_count == 0
 
     def as_json(self) -> dict[str, Any]:
-        """The report as one JSON object; without what was not asked for."""
+        """The report as one JSON object, without the counts that are None."""
         found: dict[str, Any] = {
             "events": self.events,
             "packages": self.packages,
