@@ -3,7 +3,7 @@
 Both logs append through it. Its words, in the order in which a request meets them:
 
 - A *request* is a command or a question, with the future that its caller awaits. A question appends nothing: an
-  `IngestCheck` asks whether files would be taken, an `EndQuestion` where the partition ends.
+  `IngestCheck` asks whether files would be accepted, an `EndQuestion` where the partition ends.
 - A *batch* is what one transaction takes from the queue. A *run* is the part of a batch that adds files to one package,
   and is decided together.
 - A *lease* is the right to append to the partition, with the state read from it. A *take-over* obtains a lease. Every
@@ -14,6 +14,6 @@ Both logs append through it. Its words, in the order in which a request meets th
 
 Begin with `partition_writer`, one thread for each partition. `queue` holds the requests that wait, their deadlines, and
 the errors that answer them. `driver` is the port to a log: it gives leases and appends under them. `background` loads
-large packages and stores large manifests, in threads of their own. Imports the log's `port`, `records` and `state`, and
-nothing of Kafka or SQLite.
+large packages and stores large manifests in separate threads. The sequencer imports the log's `port`, `records` and
+`state`, and nothing of Kafka or SQLite.
 """

@@ -1,11 +1,11 @@
-"""Background jobs for large packages, during which the partition's writer serves all others.
+"""Background jobs for large packages, during which the partition's writer serves all other packages.
 
 Two things take long with 100,000 files: reading a package back into memory, and making and storing its manifest. Each
-is done in a thread of its own. Requests for that package are held until then, and pushed back if they are too many. So
-nothing else changes the package meanwhile.
+is done in a separate thread. Until it is done, requests for that package are held, or pushed back if they are too many.
+So nothing else changes the package meanwhile.
 
 A manifest contains the time of its event, and times never go back within a partition. So the partition's time stands
-still from when a manifest is begun until its event is appended; events of other packages get that same time.
+still from the start of a manifest until its event is appended; events of other packages get that same time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ AT_A_TIME = 4
 """How many manifests of a partition are made at the same time."""
 
 MANIFEST_WINDOW_MICROS = 1_000_000
-"""While a manifest is made, others are begun only within this time, so that the partition's time goes on eventually."""
+"""While a manifest is made, others are begun only within this time (µs), so that the partition's time can advance."""
 
 HELD_BYTES = 4 << 20
 """Push a request back if the held requests for its package would take about this much memory."""
@@ -66,7 +66,7 @@ class _Task(Enum):
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The job for one package: `task` and `command` are what to do, the other fields how far it is."""
+    """The job for one package: `task` and `command` say what to do, the other fields how far it is."""
 
     package_id: UUID
     task: _Task
@@ -108,9 +108,9 @@ class BackgroundJobs:
         self._wake = wake
         self._jobs: dict[UUID, _Job] = {}
         self._decisions: dict[UUID, tuple[Command, Sequence[Event] | ArtifactStoreError]] = {}
-        """By package: the command whose manifest was made for the next batch, and its events or what went wrong."""
+        """By package: the command whose manifest was made for the next batch, and its events or the job's error."""
         self._at_hand: set[UUID] = set()
-        """Packages that a job could not load: for one batch the writer loads them itself, and meets the error."""
+        """Packages that a job could not load: for one batch, the writer loads them itself and gets the error."""
         self._time: int | None = None
         """The partition's time while it stands still; None while it follows the clock."""
 
@@ -215,7 +215,7 @@ class BackgroundJobs:
                 self._state.adopt(job.loaded)
                 return
         except StateFileError:
-            pass  # the writer meets the error when it reads the package itself, and ends its lease
+            pass  # the writer gets the error when it reads the package itself, and ends its lease
         self._at_hand.add(job.package_id)
 
     def _needed(self, request: Request) -> _Job | None:
@@ -289,9 +289,9 @@ class BackgroundJobs:
         return finalize
 
     def store(self, manifest: bytes, job: _Job | None = None) -> None:
-        """Make a manifest durable before its event is appended. Blocks, for PUT_SECONDS at most.
+        """Make a manifest durable before its event is appended. Blocks for at most PUT_SECONDS.
 
-        Raises NotAppendedError, and whatever else of our tree the blob store raises: nothing is recorded.
+        Raises NotAppendedError, and any other ArtifactStoreError that the blob store raises: nothing is recorded.
         """
         act = _awaited(self._put_manifest, manifest)
         try:

@@ -1,7 +1,7 @@
 """The sequencer's port to a log: a `Driver` gives a `Lease` of a partition, and batches are appended under the lease.
 
 A driver decides nothing about commands. Methods block unless they say otherwise. Drivers inherit from `Driver` and
-`Lease`; what only one of the logs needs does nothing here.
+`Lease`; methods that only one of the logs needs do nothing here.
 
 For each batch, the writer reads `Lease.state`, decides, and calls `hand_over` and `commit`. On a lease that is not
 `exclusive`, `begin_batch` and `end_batch` enclose this. A batch that appends nothing may need `prove` instead. `idle`
@@ -25,7 +25,7 @@ from services.log.state.state_file import Irregular
 
 
 class Staged(NamedTuple):
-    """Events of one package that were folded into its state, and that wait to be appended."""
+    """Events of one package that were folded into its state and wait to be appended."""
 
     events: Sequence[Event]
     values: Sequence[bytes]
@@ -33,11 +33,11 @@ class Staged(NamedTuple):
     traceparents: Sequence[str | None]
     """One for each of the commands that became these events."""
     created: PackageCreated
-    """What the package was created as."""
+    """The payload of the package's creation."""
 
 
 class State(Protocol):
-    """A partition's packages: what the log says of them, and what was decided since. Used by one thread."""
+    """The state of a partition's packages: from the log, and from what was decided since. Used by one thread."""
 
     last_created_at: int
     """The time of the partition's newest event (µs since 1970); 0 before there is any."""
@@ -53,17 +53,17 @@ class State(Protocol):
         """The partition's records that are not the next event of a package: skipped, repeated, or contradicting."""
 
     def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
-        """The package, with what this command has become; None if the partition has no event of the package.
+        """The package, with the result of this command if it was applied; None if the partition has no event of it.
 
         Raises CorruptError if the package's history breaks an invariant; other packages can be written to. Any other
         exception ends the lease.
         """
 
     def fold(self, before: PackageState | None, events: Sequence[Event]) -> PackageState:
-        """Fold in events that were just decided on `before`."""
+        """Fold in events that were just decided on the state `before`. Returns the package's new state."""
 
     def extent(self, package_id: UUID) -> PackageExtent | None:
-        """Where the package's events lie, as far as that is known. From any thread, while the lease lasts."""
+        """Where the package's events lie, if that is known. May be called by any thread while the lease lasts."""
         return None
 
     def away(self, package_id: UUID) -> bool:
@@ -73,7 +73,7 @@ class State(Protocol):
         """A function that reads a package that is `away`, for another thread to call."""
 
     def adopt(self, package: PackageState) -> None:
-        """Keep a package in memory that such a function has read, unless its state is another one by now."""
+        """Keep a package in memory that such a function has read, unless its state has changed since."""
 
 
 class Lease(Protocol):
@@ -84,28 +84,28 @@ class Lease(Protocol):
     """
 
     restored_from: str = "log"
-    """What the state was made of: a file, a snapshot, or the whole log."""
+    """What the state was restored from: a file, a snapshot, or the whole log."""
     exclusive: bool = True
     """Whether nobody else can append while the lease lasts. If not, `begin_batch` and `end_batch` enclose every batch,
     and a large manifest, which holds the time of its event, is stored between the two."""
     losses: Sequence[Loss] = ()
-    """Acknowledged records that the log lost: nothing may be appended."""
+    """Acknowledged records that the log lost. While there are any, nothing may be appended."""
     committed_at: int | None = None
-    """When the last transaction was committed, which was then read back (ns since 1970); None: nothing is read back."""
+    """When the last transaction was committed, before it was read back (ns since 1970); None: nothing is read back."""
 
     @property
     def state(self) -> State:
-        """What the log says of the partition's packages."""
+        """The state of the partition's packages."""
 
     @property
     def stopped(self) -> BadRecord | None:
-        """The record that is not an event and before which the state ends; None if the state has all of the log."""
+        """The record before which the state ends, because it is not an event; None if the state has the whole log."""
         return None
 
     def begin_batch(self, package_ids: Collection[UUID], *, appends: bool) -> None:
         """Bring the state of these packages up to date. With `appends`, nobody else appends until `end_batch`.
 
-        Raises ArtifactStoreError: nothing was tried, and the lease goes on.
+        Raises ArtifactStoreError: nothing was tried, and the lease continues.
         """
         return
 
@@ -117,7 +117,7 @@ class Lease(Protocol):
         """Begin a transaction and put these events into it. Returns the values of their records, for `commit`."""
 
     def commit(self, values: Sequence[bytes]) -> None:
-        """Commit the transaction. Returns once its records, which have these values, are in the log for good."""
+        """Commit the transaction. Returns when its records, which have these values, are durable in the log."""
 
     def offset_of(self, package_id: UUID, sequence: int) -> int | None:
         """The offset of an event that was appended earlier; None for a log that cannot tell at once."""
@@ -137,8 +137,8 @@ class Lease(Protocol):
         return
 
     def record(self, confirmation: Confirmation, now: int, require_readers: Callable[[], None]) -> AdministrativeHead:
-        """Record what an operator confirmed. `now` in µs since 1970; `require_readers` is called before anything else
-        is appended."""
+        """Record an operator's confirmation. `now` is in µs since 1970; `require_readers` is called before anything is
+        appended."""
         raise InvalidRequestError("this log records nothing that operators confirm")
 
     def save_if_due(self) -> None:
@@ -146,7 +146,7 @@ class Lease(Protocol):
         return
 
     def tidy(self) -> float:
-        """As `save_if_due`, with other upkeep between two batches. Returns in how many seconds there is more to do."""
+        """As `save_if_due`, with other upkeep between two batches. Returns after how many seconds to call it again."""
         return math.inf
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class Driver(Protocol):
     """A log that is written to under leases; shared by the sequencers of a process."""
 
     topic: str | None = None
-    """What the log is called where others can read it; None where nobody else reads it."""
+    """The log's name if others can read it; None if nobody else reads it."""
 
     @property
     def identity(self) -> UUID:
@@ -179,7 +179,7 @@ class Driver(Protocol):
         """
 
     def holds(self, partition: int) -> bool | None:
-        """Whether the partition is assigned to this process; None when that is not known now."""
+        """Whether the partition is assigned to this process; None if that is not known now."""
         return True
 
     def require(self, partition: int, last_created_at: int) -> None:
@@ -190,11 +190,11 @@ class Driver(Protocol):
         return
 
     def require_readers(self) -> None:
-        """Return if every process of the installation can read administrative records; else raise, and say which."""
+        """Return if all processes of the installation can read administrative records; else raise, naming one."""
         return
 
     def refusal(self, error: BaseException) -> ArtifactStoreError | None:
-        """The error of ours for an exception of the log's client that an operator has to fix; None for all others."""
+        """Our error for an exception of the log's client that an operator has to fix; None for all others."""
         return None
 
     def cause(self, error: BaseException) -> str:

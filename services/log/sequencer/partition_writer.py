@@ -111,12 +111,12 @@ class PartitionWriter:
         self.takeover_seconds: float | None = None
         """How long the last take-over took."""
         self.restored_from: str | None = None
-        """What the state was made of then: see `Lease`."""
+        """What the last take-over restored the state from: see `Lease`."""
         self.disowned = False
         """Whether it has ended because the group has given its partition to another process."""
         self.leave_to_others: str | None = None
-        """Why another process should write to the partition. Set after failures that this process may be the cause of;
-        whoever acts on it sets it back to None."""
+        """Why another process should write to the partition. Set after failures that this process may have caused. The
+        reader that acts on it resets it to None."""
         self._trouble: str | None = _ASSIGNED
         self._repeats = Repeats()
         self._memory_only: str | None = None
@@ -143,8 +143,8 @@ class PartitionWriter:
         self._deadlines = Deadlines(context.submit_seconds, self._late)
         self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
         self._stop = Flag()
-        # A daemon: a thread that hangs in a call to a frozen broker must not keep the process alive. The fence of the
-        # next writer protects the log.
+        # A daemon, because a thread that hangs in a call to a frozen broker must not keep the process alive. The next
+        # writer's fence protects the log.
         self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
 
     @property
@@ -159,7 +159,7 @@ class PartitionWriter:
 
     @property
     def trouble(self) -> str | None:
-        """Why it cannot write now; None when it can."""
+        """Why it cannot write now; None if it can."""
         began = self._serving_since
         if self._trouble is None and began is not None and (since := time.monotonic() - began) > _SLOW_SECONDS:
             return f"the log has not confirmed a transaction for {since:.0f} s"
@@ -251,7 +251,7 @@ class PartitionWriter:
         self._let_go()
 
     def join(self, timeout: float) -> bool:
-        """Block until the writer has ended, `timeout` seconds at most; whether it has."""
+        """Block until the writer has ended, for at most `timeout` seconds. Returns whether it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -263,7 +263,7 @@ class PartitionWriter:
                 except PartitionNotOwnedError:
                     self.disowned = not self._stop.is_set()
                     return
-                # Taking over again is the remedy for every failure: the state read from the log says what has happened.
+                # Taking over again is the remedy for every failure: the log then shows what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
                     self._recover(error)
                 finally:
@@ -301,7 +301,7 @@ class PartitionWriter:
         self._last_success = time.monotonic()
 
     def _let_go(self) -> None:
-        """Close the queue and answer what waits at once: the current transaction may take long."""
+        """Close the queue and answer waiting requests at once, because the current transaction may take long."""
         self._queue.close()
         self._deliver([(request, _moved()) for request in self._queue.drain()])
         self._refuse_confirmations(_moved())
@@ -381,7 +381,7 @@ class PartitionWriter:
         """Wait for an operator's confirmation if the partition needs one, and refuse all requests meanwhile.
 
         It needs one if the state ends before a record that is not an event, or if the log lost acknowledged events.
-        Returns True once all is well; False when the writer is told to stop.
+        Returns True when the partition no longer needs one; False if the writer is told to stop.
         """
         while lease.stopped is not None or lease.losses:
             self._bad, self._losses = lease.stopped, lease.losses
@@ -402,7 +402,7 @@ class PartitionWriter:
         return True
 
     def _record(self, lease: Lease) -> None:
-        """Record what operators confirmed about the partition, and answer them."""
+        """Record the operators' confirmations for the partition, and answer them."""
         while (found := self._next_confirmation()) is not None:
             confirmation, answer = found
             outcome: Outcome
@@ -412,7 +412,7 @@ class PartitionWriter:
             except (RejectedError, PushBackError) as error:
                 outcome = unrecorded(self.partition, error)
             except Exception as error:
-                # It may be recorded. An operator who confirms it again learns that.
+                # It may have been recorded. An operator who confirms it again is told.
                 cause = self._context.driver.cause(error)
                 unknown = error if isinstance(error, ArtifactStoreError) else in_doubt(cause)
                 self._settle([(answer, unknown)])
@@ -420,7 +420,7 @@ class PartitionWriter:
             self._settle([(answer, outcome)])
 
     def _next_confirmation(self) -> tuple[Confirmation, asyncio.Future[Acknowledgement]] | None:
-        """Take the oldest confirmation that somebody still waits for; None if there is none. For any thread."""
+        """Take the oldest confirmation whose caller still waits; None if there is none. For any thread."""
         with suppress(IndexError):
             while True:
                 confirmation, answer = self._confirmations.popleft()
@@ -429,7 +429,7 @@ class PartitionWriter:
         return None
 
     def _refuse_confirmations(self, error: Exception) -> None:
-        """Answer all confirmations that wait with `error`: nothing is recorded."""
+        """Answer all waiting confirmations with `error`: nothing is recorded."""
         while (found := self._next_confirmation()) is not None:
             self._settle([(found[1], error)])
 
@@ -438,7 +438,7 @@ class PartitionWriter:
         self._context.driver.require_readers()
 
     def _is_ours(self) -> bool:
-        """Ask the driver until it knows whether the partition is ours. Also False when this writer is to stop."""
+        """Ask the driver until it knows whether the partition is ours. Also returns False if the writer is to stop."""
         while not self._stop.is_set():
             try:
                 answer = self._context.driver.holds(self.partition)
@@ -451,7 +451,7 @@ class PartitionWriter:
         return False
 
     def _serve(self, lease: Lease, jobs: BackgroundJobs, batch: list[Request]) -> None:
-        """Decide a batch, append its events, and answer. On a failure the whole batch goes back to the queue."""
+        """Decide a batch, append its events, and answer. On a failure, the whole batch goes back to the queue."""
         if not lease.exclusive:
             appends = not all(isinstance(request.asked, IngestCheck) for request in batch)
             try:
@@ -503,10 +503,10 @@ class PartitionWriter:
     ) -> tuple[list[Outcome], bool]:
         """Decide the requests and append their events. Returns the answers, and whether refusals among them are proven.
 
-        A refusal is wrong if another process has taken the partition over and appended something: it needs a proof that
-        the state was current. A commit is one. `Lease.prove` is another; it is called only from time to time, and then
-        serves all refusals that wait. If the events are more than one transaction takes, only the first requests get
-        answers; `_serve` puts the others back.
+        A refusal is wrong if another process has taken the partition over and appended something, so it needs a proof
+        that the state was current. A commit is such a proof, and so is `Lease.prove`, which is called only from time to
+        time and then serves all waiting refusals. If one transaction cannot hold all events, only the first requests
+        get answers; `_serve` puts the others back.
         """
         staged: list[Staged] = []
         with self._context.fair_lock:
@@ -628,7 +628,7 @@ class PartitionWriter:
         return acknowledge(package, asked)
 
     def _traceparents(self, run: Sequence[Request], events: int) -> list[str | None]:
-        """The trace contexts for the records of these commands, which become so many events together."""
+        """The trace contexts for the records of these commands, which become this many events together."""
         if (tracer := tracing.tracer) is None:
             return [request.traceparent for request in run]
         for request in run:
@@ -637,7 +637,7 @@ class PartitionWriter:
         return [request.traceparent if request.span is None else request.span.traceparent for request in run]
 
     def _begin_span(self, tracer: Tracer, request: Request, parent: str, events: int) -> None:
-        """Begin the span of appending, and make one of the time that the command has waited for it."""
+        """Begin the span of appending, and record a span for the time that the command waited in the queue."""
         since = tracing.since_1970(request.came)
         tracer.begin("queue", "internal", parent, since=since).end()
         topic = self._context.driver.topic
@@ -708,9 +708,9 @@ def _moved() -> PartitionNotOwnedError:
 
 
 def _end_spans(tracer: Tracer, runs: Sequence[Sequence[Request]], began: int, committed: int | None) -> None:
-    """End the spans of commands whose events are in the log, with the steps in which they came there.
+    """End the spans of commands whose events are in the log, after spans for the steps of their transaction.
 
-    `began` and `committed` in ns since 1970. The steps are those of the transaction, the same for all of its commands.
+    `began` and `committed` are in ns since 1970. The steps are the same for all commands of the transaction.
     """
     now = time.time_ns()
     for run in runs:
@@ -724,13 +724,13 @@ def _end_spans(tracer: Tracer, runs: Sequence[Sequence[Request]], began: int, co
 
 
 def _needs_proof(outcome: Outcome) -> bool:
-    """Whether the answer may be wrong if another process has appended something: it rests on the state alone."""
+    """Whether the answer rests only on the state, so that it is wrong if another process has appended something."""
     return isinstance(outcome, RejectedError | NotAppendedError | int)
 
 
 @dataclass(frozen=True, slots=True)
 class WriterContext:
-    """What the writers of a process share."""
+    """The things that the writers of a process share."""
 
     driver: Driver
     limits: Limits
@@ -746,9 +746,9 @@ class WriterContext:
 class FairLock:
     """A lock that threads get in the order in which they asked for it, unlike `threading.Lock`. Not reentrant.
 
-    Writers hold it while they decide a batch and hand it to the client, and not while they wait for brokers. Python
+    Writers hold it while they decide a batch and hand it to the client, but not while they wait for brokers. Python
     runs one thread at a time anyway, but busy threads take the interpreter's lock from each other every 5 ms, and the
-    Kafka client needs it once for every delivered record. With six busy writers that took a fifth of their time
+    Kafka client needs that lock once for every delivered record. With six busy writers, this took a fifth of their time
     (docs/benchmarks.md).
     """
 

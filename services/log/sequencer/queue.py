@@ -75,7 +75,7 @@ class IngestCheck:
     command_id: UUID | None
     grants: Grants = EVERYTHING
     principal: str | None = None
-    """Who would send them in another's name; see `services.core.decide`."""
+    """The sender, if it would send them in another's name; see `services.core.decide`."""
 
 
 class EndQuestion(IngestCheck):
@@ -111,16 +111,16 @@ class Request:
         self.answer = answer
         self.traceparent = traceparent
         self.span: Span | None = None
-        """That of appending its events, from when they are decided until they are in the log."""
+        """The span of appending its events, from when they are decided until they are in the log."""
         self.came = time.monotonic()
         self.failures = 0
         """How many transactions with it have failed."""
         self.last_failure = "unknown"
-        """Why the last of them failed."""
+        """Why the last of these transactions failed."""
         self.spoiled = False
-        """Whether the records of the last of them were the cause, so that the next one will fail too."""
+        """Whether its records were the cause of the last failure, so that the next transaction will fail too."""
         self.events = 1
-        """How many events it becomes at most."""
+        """The most events that it may become."""
         self.size = size_of(asked)
         """About how many bytes of memory it takes."""
         if isinstance(asked, IngestFiles):
@@ -180,7 +180,7 @@ class RequestQueue:
         self._size = 0
         self._questions = 0
         self._announced: deque[float] = deque()
-        """When the commands that are expected were announced, the oldest first."""
+        """When the expected commands were announced, oldest first."""
         self._closed = False
         self._woken = False
 
@@ -188,7 +188,7 @@ class RequestQueue:
         return len(self._queue)
 
     def put(self, request: Request) -> None:
-        """Add a request. Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
+        """Add a request. Raises PushBackError if the queue is full, PartitionNotOwnedError if it is closed."""
         with self._lock:
             if self._closed:
                 raise PartitionNotOwnedError("this process no longer writes to the package's partition")
@@ -204,12 +204,12 @@ class RequestQueue:
             if isinstance(request.asked, IngestCheck):
                 self._questions += 1
             elif isinstance(request.asked, IngestFiles) and self._announced:
-                self._announced.pop()  # the newest, so that a command that never comes is forgotten when it is old
+                self._announced.pop()  # the newest, so that announced commands that never come expire
             if self._waited_for and (self._questions or self._waits_until() <= request.came or len(self._queue) == 1):
                 self._changed.notify()
 
     def put_back(self, requests: Iterable[Request]) -> None:
-        """Put requests that were taken before back to the front, in their order."""
+        """Put requests that were taken back at the front of the queue, in their order."""
         with self._changed:
             for request in reversed(list(requests)):
                 self._queue.appendleft(request)
@@ -224,7 +224,7 @@ class RequestQueue:
                 self._announced.extend([time.monotonic()] * commands)
 
     def wake(self) -> None:
-        """Make `take` return, even with nothing."""
+        """Make `take` return, even if there is no request."""
         with self._changed:
             self._woken = True
             self._changed.notify()
@@ -253,13 +253,13 @@ class RequestQueue:
             return self._questions_alone() if alone else self._next_batch()
 
     def close(self) -> None:
-        """Accept nothing more, and end `take`. What still waits is left for `drain`."""
+        """Accept no more requests, and end `take`. Requests that still wait are left for `drain`."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def drain(self) -> list[Request]:
-        """Remove and return everything that still waits."""
+        """Remove and return all requests that still wait."""
         with self._changed:
             left = list(self._queue)
             self._queue.clear()
@@ -267,7 +267,7 @@ class RequestQueue:
             return left
 
     def _waits_until(self) -> float:
-        """Until when the oldest request waits for announced commands; in the past if it does not wait."""
+        """The time until which the oldest request waits for announced commands; in the past if it does not wait."""
         oldest = self._queue[0].came
         while self._announced and self._announced[0] < oldest - ANNOUNCED_SECONDS:
             self._announced.popleft()
@@ -306,7 +306,7 @@ REFUSE_SECONDS = 10.0
 """After an error that an operator has to fix, refuse every request for this long, then take over again."""
 
 HELD_SECONDS = 1.0
-"""The same after `Driver.require` has refused, which costs nothing to ask again."""
+"""The same after `Driver.require` has refused. It is shorter, because asking again costs nothing."""
 
 Outcome = Acknowledgement | Exception | int | str
 """The answer to a request once its batch is appended. To a command, an acknowledgement; to an `IngestCheck`, the
@@ -322,20 +322,20 @@ class Counts:
     takeovers: Counter[str] = field(default_factory=Counter)
     """Take-overs, by what the state was restored from."""
     takeover_seconds: float = 0.0
-    """How long all take-overs took together."""
+    """The total time of all take-overs."""
     failed_takeovers: int = 0
     """Leases and take-overs that failed. Each is followed by another take-over."""
     pushed_back: int = 0
     """Requests that were answered with PushBackError."""
     appended: int = 0
-    """Events that were appended."""
+    """Appended events."""
     transactions: int = 0
-    """Transactions that appended them."""
+    """Transactions that appended events."""
 
 
 def in_doubt(detail: str) -> UnavailableError:
     """The answer to a command when it is unknown whether the log holds it."""
-    if _UNKNOWN in detail:  # the process that it was forwarded to says so already
+    if _UNKNOWN in detail:  # the process to which it was forwarded says so already
         return UnavailableError(detail)
     return UnavailableError(f"{detail}; {_UNKNOWN}, retry with the same command id")
 
@@ -364,8 +364,8 @@ def refused(error: Exception) -> tuple[ArtifactStoreError, float] | None:
 def unrecorded(partition: int, error: ArtifactStoreError) -> ArtifactStoreError:
     """The answer to an operator's confirmation that was not recorded because of `error`.
 
-    A PushBackError stays one where trying again may help: the cause may pass, or another process may have none. What
-    only an operator can mend is a ConflictError.
+    A PushBackError stays one if trying again may help: the cause may pass, or not exist in another process. If only an
+    operator can fix the cause, the answer is a ConflictError.
     """
     held = isinstance(error, HeldError) and not error.own_clock
     if isinstance(error, RejectedError | PushBackError) and not held:
@@ -406,7 +406,7 @@ def given_up(request: Request, done: int) -> Exception:
 
 
 class Deadlines:
-    """Sets an error on futures that have no answer after `seconds`, or earlier where asked. For use on the event loop.
+    """Sets an error on futures that have no answer after `seconds`, or earlier if asked. For use on the event loop.
 
     Futures are answered roughly in the order in which they came, so answered ones are forgotten soon.
     """
