@@ -1,8 +1,8 @@
 """The embedded log of record: one SQLite file with one partition, shared by the processes of one machine.
 
-Reading begins with `log`. Appending begins with `writer`, which runs the log's `sequencer` on `driver`, and keeps what
-it knows of packages in a `PackageStates`; it also takes events that were made elsewhere. All work on `file`. Imports
-the log's `port`, `records`, `sequencer` and `state`.
+`log` reads the file. `writer` appends to it: it runs the log's `sequencer` on `driver`, which caches packages' states
+in a `PackageStates`. `writer` also fills a file with events that were made elsewhere. All of these use `file`. This
+package imports the log's `port`, `records`, `sequencer` and `state`.
 """
 
 from services.log.sqlite.log import SqliteLog

@@ -1,8 +1,8 @@
 """The sequencer's driver for the embedded log: every batch is one transaction on the file.
 
 All processes may append, in turns. From before a batch is decided until it is committed, the writer holds a lock beside
-the file, and it reads what others appended in the same transaction. So a lease needs no fence, and one object serves as
-driver and lease.
+the file, and in the same transaction it reads what others have appended. So a lease needs no fence, and one object
+serves as driver and lease.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from services.log.state.state_file import Irregular
 
 LARGE = 1_000
 """A state with more entries than this is large, and never dropped in favour of small ones. Reading an event takes about
-25 µs, so a small state is back within 25 ms."""
+25 µs, so a small state is read back within 25 ms."""
 
 MAX_SMALL = 100_000
 """The most entries of all small or finalized states together. An entry is a file, a folder or a command. It takes
@@ -50,16 +50,16 @@ MAX_SMALL = 100_000
 
 MAX_LARGE = 600_000
 """The most entries of all large open states together: three packages of 100,000 files that came one by one, or six
-whose files came many at once. That is at most 550 MiB. The packages of the current batch are kept in any case."""
+whose files came many at once. That is at most 550 MiB. The packages of the current batch are always kept."""
 
 
 @dataclass
 class _Kept:
-    """States within one bound, the least recently used one first."""
+    """States with a common bound, the least recently used one first."""
 
     max_entries: int
     states: OrderedDict[UUID, tuple[PackageState, int, int]] = field(default_factory=OrderedDict)
-    """Each with its entries, and the turn of the log in which it had all events."""
+    """Each state with its number of entries, and the turn (see `PackageStates`) in which it had all events."""
     entries: int = 0
 
     def put(self, state: PackageState, entries: int, turn: int) -> None:
@@ -102,7 +102,7 @@ class PackageStates(State):
         self._path = path
         self._irregular = Irregular()
         self._turn = 1
-        """Counts how often others have appended. A state lacks nothing until the next time."""
+        """Increases when others have appended. A state that was complete in the current turn lacks nothing."""
         self._small = _Kept(max_small)
         self._large = _Kept(max_large)
         self._large_from = large
@@ -113,14 +113,14 @@ class PackageStates(State):
 
     @property
     def irregular(self) -> Irregular:
-        """See `State`. Always empty: the remedy for what breaks an invariant here is a copy of the file."""
+        """See `State`. Always empty: a file that breaks an invariant must be restored from a copy."""
         return self._irregular
 
     def read_ahead(self, package_ids: Collection[UUID], *, all_known: bool) -> None:
         """Bring these packages up to date and keep them for the next batch, except those that are `away`.
 
-        `all_known` says that nothing was appended since the last batch. The requests for a package that breaks an
-        invariant meet its error later.
+        `all_known` says that nothing was appended since the last batch. If a package breaks an invariant, its requests
+        get the error later.
         """
         self.pinned = set(package_ids)
         for package_id in self.pinned.intersection(self._small.states):
@@ -136,7 +136,7 @@ class PackageStates(State):
     def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
         """See `State`. Includes every event that the connection sees. Blocks. Raises as `file_errors`.
 
-        Raises CorruptError also when the log lists an event of the package under a wrong sequence.
+        Also raises CorruptError if the log lists an event of the package under a wrong sequence.
         """
         kept = self._small.states.get(package_id) or self._large.states.get(package_id)
         if kept is not None and kept[2] == self._turn:
@@ -148,7 +148,7 @@ class PackageStates(State):
         return state
 
     def outdate(self) -> None:
-        """Others have appended: states may lack events, and are brought up to date when they are asked for."""
+        """Note that others have appended: states may lack events, and are brought up to date when they are used."""
         self._turn += 1
 
     def fold(self, before: PackageState | None, events: Sequence[Event]) -> PackageState:
@@ -191,7 +191,7 @@ class PackageStates(State):
             self._forget_small(state.package_id)
 
     def clear(self) -> None:
-        """Drop everything: a transaction failed, and states may hold events that the log does not."""
+        """Drop all states: a transaction failed, so they may have events that the log does not have."""
         self.last_created_at = self.next_offset = 0
         for kept in (self._small, self._large):
             kept.states.clear()
@@ -204,15 +204,15 @@ class PackageStates(State):
     def _forget_small(self, used: UUID) -> None:
         while self._small.too_much:
             oldest = next(iter(self._small.states))
-            if oldest == used or oldest in self.pinned:  # and so are all after it
+            if oldest == used or oldest in self.pinned:  # all after it are used or pinned too
                 return
             self._small.take(oldest)
 
     def _forget_large(self, used: UUID) -> None:
-        """Draw two states and drop the smaller one, which is cheaper to read again.
+        """Pick two states at random and drop the smaller one, which is cheaper to read again.
 
-        When more take turns than there is room for, the one that was used longest ago would be the next to be asked
-        for, each time; and if it were the smallest of all, those that nobody uses any more would never go.
+        If more packages are used in turn than fit, dropping the least recently used one would always drop the next one
+        that is needed. Dropping the smallest of all would keep large states that nobody uses any more.
         """
         kept = self._large.states
         while self._large.too_much:
@@ -235,7 +235,7 @@ def _read(connection: sqlite3.Connection, package_id: UUID, state: PackageState 
 
 
 class SqliteDriver(Driver, Lease):
-    """See `Driver` and `Lease`. Nothing is opened before the first batch."""
+    """See `Driver` and `Lease`. The file is opened by the first batch."""
 
     exclusive = False
 
@@ -246,9 +246,9 @@ class SqliteDriver(Driver, Lease):
         self._states = PackageStates(path)
         self._batch = ExitStack()
         self._known_end = 0
-        """The end of the log when this process last saw it, including all that it had acknowledged until then,"""
+        """The log's end when this process last saw it, which covers everything that it had acknowledged until then."""
         self._known_digest = b""
-        """and BLAKE3 over the value of the record before it."""
+        """BLAKE3 over the value of the record before that end."""
 
     @property
     def identity(self) -> UUID:
@@ -268,7 +268,7 @@ class SqliteDriver(Driver, Lease):
         stopping: Callable[[], bool],
         progressed: Callable[[], None],
     ) -> SqliteDriver:
-        """See `Driver`. What it knows of the log's end outlasts a lease."""
+        """See `Driver`. The known end of the log outlasts a lease."""
         return self
 
     def begin_batch(self, package_ids: Collection[UUID], *, appends: bool) -> None:
@@ -277,7 +277,7 @@ class SqliteDriver(Driver, Lease):
         Raises:
             PushBackError: another process held the file for too long.
             UnavailableError: the file is gone or cannot be read. LogIdentityError: another one is in its place.
-            CorruptError: it is damaged, or lacks what this process knows to be in it.
+            CorruptError: it is damaged, or lacks a record that this process has seen in it.
         """
         try:
             with file_errors(self._path), ExitStack() as batch:
@@ -346,7 +346,7 @@ class SqliteDriver(Driver, Lease):
 
     @contextmanager
     def _in_doubt(self) -> Iterator[None]:
-        """Raise errors as passing ones: the next batches find out what is wrong, perhaps with one package alone."""
+        """Turn SQLite's errors into UnavailableError. If one persists, the next batches find out what is wrong."""
         try:
             yield
         except sqlite3.Error as error:
@@ -358,7 +358,7 @@ class SqliteDriver(Driver, Lease):
                 self._file.connection.execute("ROLLBACK")
 
     def _see_end(self, connection: sqlite3.Connection) -> None:
-        """Learn what other processes have appended. Raises CorruptError when the log lost what it had before."""
+        """Note what other processes have appended. Raises CorruptError if the log lost records that it had before."""
         end = end_offset(connection)
         self._require_known(connection, end)
         if end != self._states.next_offset:

@@ -70,7 +70,7 @@ class LogFile:
         self._inode = _inode(path)
 
     def check_in_place(self) -> None:
-        """Raise UnavailableError if the path no longer names the open file: what is written to it would be lost."""
+        """Raise UnavailableError if the path no longer names the open file: writes to it would be lost."""
         if _inode(self.path) != self._inode:
             raise UnavailableError(f"the log {self.path} was removed or replaced while it was open")
 
@@ -112,7 +112,7 @@ def open_file(path: Path, *, writable: bool = False, identity: UUID | None = Non
 def create_file(path: Path) -> None:
     """Create the log and its folder, or check the existing log. Blocks. Several processes may call it at once.
 
-    Raises as `open_file`, and PushBackError when another process holds the file for too long.
+    Raises as `open_file`, and PushBackError if another process holds the file for too long.
     """
     with file_errors(path):
         if path.exists():
@@ -125,7 +125,7 @@ def create_file(path: Path) -> None:
                 return
             if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
                 raise ConfigurationError(f"the file system of {path} has no shared memory; put the log on a local disk")
-            secure_folder(path.parent)  # before anybody takes this for a log, and appends to it
+            secure_folder(path.parent)  # before another process can take this for a log and append to it
             connection.execute("BEGIN IMMEDIATE")
             for table in _TABLES:
                 connection.execute(table)
@@ -140,9 +140,9 @@ def write_lock(path: Path) -> Iterator[None]:
     """Exclude all other writes to the log and checkpoints of it, in any process. Blocks.
 
     SQLite before 3.51.3 can lose committed pages when one connection checkpoints while another commits (its "WAL-reset
-    bug"). A checkpoint runs after a commit, outside SQLite's own lock; under this one the two cannot meet.
+    bug"). A checkpoint runs after a commit, outside SQLite's own lock; this lock keeps the two apart.
 
-    Raises PushBackError when another process holds the lock for more than LOCK_SECONDS.
+    Raises PushBackError if another process holds the lock for more than LOCK_SECONDS.
     """
     lock = FileLock(path.with_name(path.name + ".lock"))
     if not lock.take(LOCK_SECONDS):
@@ -185,7 +185,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         timeout=LOCK_SECONDS,
     )
     connection.execute("PRAGMA synchronous = FULL")
-    # For macOS alone, where a plain fsync leaves data in the drive's cache.
+    # Only for macOS, where a plain fsync leaves data in the drive's cache.
     connection.execute("PRAGMA fullfsync = ON")
     connection.execute("PRAGMA checkpoint_fullfsync = ON")
     return connection
@@ -218,7 +218,7 @@ _BATCH_BYTES = 4 << 20
 """A batch ends early with this many bytes, because a record with a manifest takes half a megabyte."""
 
 _COLUMNS = "offset, CAST(package_id AS BLOB), CAST(sequence AS INTEGER), CAST(value AS BLOB)"
-"""A damaged row may hold any type. The casts give readers the types that they expect, and they check the values."""
+"""A damaged row may hold any type. The casts give readers the types that they expect; readers check the values."""
 
 _NO_END = (1 << 63) - 1
 
@@ -230,7 +230,7 @@ def end_offset(connection: sqlite3.Connection) -> int:
 
 
 def records_from(connection: sqlite3.Connection, offset: int, end: int | None, limit: int) -> list[Record]:
-    """The records from `offset`, to before `end` if given. Raises CorruptError when one between them is missing."""
+    """The records from `offset`, to before `end` if given. Raises CorruptError if one between them is missing."""
     rows = connection.execute(
         f"SELECT {_COLUMNS} FROM events WHERE offset >= ? AND offset < ? ORDER BY offset LIMIT ?",  # noqa: S608 - ours
         (offset, _NO_END if end is None else end, limit),
@@ -239,14 +239,14 @@ def records_from(connection: sqlite3.Connection, offset: int, end: int | None, l
     if found and found[-1].offset != offset + len(found) - 1:  # they are numbered without gaps
         there = {record.offset for record in found}
         gap = next(expected for expected in itertools.count(offset) if expected not in there)
-        raise CorruptError(f"the log's record at offset {gap} is gone, and later ones are there")
+        raise CorruptError(f"the log's record at offset {gap} is gone, but later ones are there")
     return found
 
 
 def package_records_from(
     connection: sqlite3.Connection, package_id: UUID, sequence: int, end: int | None, limit: int
 ) -> list[Record]:
-    """The package's records after its event number `sequence`, to before offset `end` if given."""
+    """The package's records after its event `sequence`, to before offset `end` if given."""
     rows = connection.execute(
         f"SELECT {_COLUMNS} FROM events"  # noqa: S608 - our own
         " WHERE package_id = ? AND sequence > ? AND offset < ? ORDER BY sequence LIMIT ?",
@@ -268,7 +268,7 @@ def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: in
 
 
 def offset_of(connection: sqlite3.Connection, package_id: UUID, sequence: int) -> int | None:
-    """The offset of the package's event of this number, None if there is none."""
+    """The offset of the package's event with this sequence; None if there is none."""
     query = "SELECT offset FROM events WHERE package_id = ? AND sequence = ?"
     row = connection.execute(query, (package_id.bytes, sequence)).fetchone()
     return None if row is None else int(row[0])
@@ -310,7 +310,7 @@ def decoded(record: Record) -> Event:
 
 
 def numbered(record: Record) -> Event:
-    """As `decoded`. Also raises CorruptError if the event has another sequence than the log lists it under.
+    """As `decoded`. Also raises CorruptError if the log lists the event under a sequence that is not its own.
 
     Reading on after such an event would give the same record again, or miss others.
     """

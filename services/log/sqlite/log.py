@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class SqliteLog:
-    """The log in the file at `path`. The file need not be there before `migrate`, or before a writer has started.
+    """The log in the file at `path`. The file need not exist until `migrate` is called or a writer has started.
 
     Subscriptions look for new events, and for a partition that has become free, every `poll_seconds`.
     """
@@ -74,7 +74,7 @@ class SqliteLog:
         return await self._readers.run(lambda file: Position(file.identity, {PARTITION: end_offset(file.connection)}))
 
     async def at_time(self, created_at: int) -> Position:
-        """See `Log`. Looks at as many events as the number of all has binary digits: times never decrease."""
+        """See `Log`. A binary search over all events, because times never decrease."""
 
         def work(file: LogFile) -> Position:
             earliest, end = 0, end_offset(file.connection)
@@ -122,7 +122,7 @@ class SqliteLog:
             if derived is not None:
                 records = await self._readers.run(derived.added_to(records))
             if not records:
-                raise CorruptError("the log is shorter than it was: what was read before is not in it any more")
+                raise CorruptError("the log is shorter than it was: events that were read before are gone")
             at = records[-1].offset + 1
             yield Batch(records, {PARTITION: at})
 
@@ -131,20 +131,20 @@ class SqliteLog:
     ) -> Subscription:
         """See `Log`. The partition belongs to one member at a time, in any process; the others wait."""
         if not _NAME.fullmatch(projection):
-            raise ConfigurationError(f"{projection!r} is no name of a projection")
+            raise ConfigurationError(f"{projection!r} is not a valid name of a projection")
         return SqliteSubscription(self._path, self._readers, projection, start_offsets, self._poll_seconds)
 
     async def damage(self) -> Sequence[str]:
         """See `Log`. SQLite checks every page, and looks up every event by package and sequence, in bounded memory.
 
-        Takes a few seconds a GiB, and as long as the disk needs to read it. Until then the `-wal` file only grows.
+        Takes a few seconds per GiB, plus the time to read the disk. Meanwhile the `-wal` file can only grow.
         """
         looking: list[sqlite3.Connection] = []
 
         def work(file: LogFile) -> list[str]:
             looking.append(file.connection)
             try:
-                found = file.connection.execute("PRAGMA integrity_check").fetchall()  # names a hundred at most
+                found = file.connection.execute("PRAGMA integrity_check").fetchall()  # at most a hundred problems
             finally:
                 looking.clear()
             return [" ".join(str(text).split()) for (text,) in found if text != "ok"]
@@ -188,7 +188,7 @@ class SqliteLog:
         return await self._readers.run(work)
 
     async def migrate(self) -> None:
-        """See `Log`. Creates the folder too."""
+        """See `Log`. Also creates the folder."""
         await asyncio.to_thread(create_file, self._path)
 
     async def check(self) -> None:
@@ -201,7 +201,7 @@ class SqliteLog:
 
 
 class _Cursor:
-    """The place of one reader. Its methods block and are called one after another."""
+    """How far one reader has read. Its methods block and are called one after another."""
 
     def __init__(
         self, file: LogFile, since: Position | None, package_id: UUID | None, until: Position | None, follow: bool
@@ -216,7 +216,7 @@ class _Cursor:
         self._sequence = 0 if package_id is None else sequence_before(file.connection, package_id, self._offset)
 
     def next_batch(self, file: LogFile) -> list[RecordedEvent]:
-        """Read on; empty if there is nothing more at the moment."""
+        """Read the next events; empty if there are none at the moment."""
         if self._package_id is None:
             read, records = decoded, records_from(file.connection, self._offset, self._end, BATCH_RECORDS)
         else:
@@ -235,7 +235,7 @@ class _Cursor:
         if records:
             self._offset = records[-1].offset + 1
         elif end_offset(file.connection) < self._offset:
-            raise CorruptError("the log is shorter than it was: what was read before is not in it any more")
+            raise CorruptError("the log is shorter than it was: events that were read before are gone")
         return events
 
 
@@ -244,17 +244,17 @@ def _between(offset: int, end: int) -> Callable[[LogFile], list[Record]]:
 
 
 _REMEMBERED = 10_000
-"""For how many packages it is remembered how they were created."""
+"""The number of packages whose creation is remembered."""
 
 
 class _DerivedHeaders:
-    """The headers that a Kafka log would have given to the records. For one scan."""
+    """Adds the headers that records would have in a Kafka log. For one scan."""
 
     def __init__(self) -> None:
         self._created: OrderedDict[UUID, PackageCreated] = OrderedDict()
 
     def added_to(self, records: list[Record]) -> Callable[[LogFile], list[Record]]:
-        """The records with time and headers. Raises CorruptError when one is no event."""
+        """The records with time and headers. Raises CorruptError if one is not an event."""
         return lambda file: [self._with_headers(file, record) for record in records]
 
     def _with_headers(self, file: LogFile, record: Record) -> Record:
@@ -287,7 +287,7 @@ def _start(since: Position, identity: UUID, end: int) -> int:
 
 
 def member_lock(path: Path, projection: str) -> Path:
-    """The lock file of the member that has the projection's partition."""
+    """The lock file that the member with the projection's partition holds."""
     return path.with_name(f"{path.name}.{projection}.lock")
 
 
@@ -297,7 +297,7 @@ _NOTHING = Batch((), {})
 class SqliteSubscription:
     """A projection's membership: one member at a time, in any process, has the partition. See `Subscription`.
 
-    Having the partition is a lock on a file, which the system frees when a process dies.
+    The member that has the partition holds a file lock, which the system frees when its process dies.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class SqliteSubscription:
         self._poll_seconds = poll_seconds
         self._lock = FileLock(member_lock(path, projection))
         self._next: int | None = None
-        self._told = False  # whether the member heard that it was assigned nothing
+        self._told = False  # whether the member was told that nothing is assigned to it
         self._progress: LogFile | None = None
 
     @property
@@ -338,7 +338,7 @@ class SqliteSubscription:
     async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
         """See `Subscription`. Raises PushBackError, and UnavailableError if this member does not have the partition."""
         if not next_offsets.keys() <= self.assigned:
-            raise UnavailableError(f"{self._projection} commits a partition that is another member's")
+            raise UnavailableError(f"{self._projection} commits a partition that another member has")
         if next_offsets:
             await asyncio.to_thread(self._store, next_offsets[PARTITION], metadata)
 
@@ -386,7 +386,7 @@ class SqliteSubscription:
         with file_errors(self._path):
             if self._progress is None:
                 self._progress = open_file(self._path, writable=True)
-                # Only for people to look at, so it does not wait for the disk, and a power cut may lose the last ones.
+                # Progress is only shown to people, so commits do not wait for the disk. A power cut may lose the last.
                 self._progress.connection.execute("PRAGMA synchronous = NORMAL")
             self._progress.check_in_place()
             with write_lock(self._path):

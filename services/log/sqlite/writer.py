@@ -1,7 +1,7 @@
 """Appending to the embedded log.
 
 `SqliteWriter` is the `CommandWriter` port on the sequencer, with one partition and no router. `SqliteFiller` fills a
-log's file that nobody writes to with events of another log.
+log's file with events of another log, while nobody else writes to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUBMIT_SECONDS = 30.0
 
 
 class SqliteWriter:
-    """The writer of the file at `path`, which `start` creates when it is missing."""
+    """The writer of the file at `path`, which `start` creates if it is missing."""
 
     def __init__(self, path: Path, *, limits: Limits, put_manifest: PutManifest, clock: Clock = system_clock) -> None:
         self._path = path
@@ -73,14 +73,14 @@ class SqliteWriter:
         return cast("str", await self._started().submit(asked))
 
     def announce(self, package_id: UUID) -> None:
-        """See `CommandWriter`. A write to the file takes so long that others gather meanwhile."""
+        """See `CommandWriter`. Does nothing: a write to the file takes so long that commands gather anyway."""
 
     async def extent(self, package_id: UUID) -> PackageExtent | None:
-        """See `CommandWriter`. Nothing: the file finds a package's events by an index."""
+        """See `CommandWriter`. Always None: the file finds a package's events by an index."""
         return None
 
     async def end(self, partitions: Collection[int]) -> Position:
-        """See `CommandWriter`. The file has one writer at a time, and whoever reads it sees all of it."""
+        """See `CommandWriter`. The file gives the end: it has one writer at a time, and readers see all of it."""
 
         def look() -> Position:
             with closing(open_file(self._path)) as file:
@@ -118,7 +118,7 @@ class SqliteWriter:
 
 
 class SqliteFiller:
-    """See `LogFiller`. Takes events alone: the file lists each by package and sequence."""
+    """See `LogFiller`. Takes only events, because the file lists each by package and sequence."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -129,11 +129,11 @@ class SqliteFiller:
         await asyncio.to_thread(self._see_end)
 
     async def append(self, partition: int, records: Sequence[Record]) -> None:
-        """See `LogFiller`. Raises CorruptError: a record is no event, or its package has one of its number."""
+        """See `LogFiller`. Raises CorruptError: a record is not an event, or its package already has its sequence."""
         await asyncio.to_thread(self._append, records)
 
     async def settle(self) -> None:
-        """See `LogFiller`. What is committed can be read at once."""
+        """See `LogFiller`. Does nothing: committed events can be read at once."""
 
     async def close(self) -> None:
         """See `LogFiller`."""
@@ -144,12 +144,12 @@ class SqliteFiller:
 
     def _append(self, records: Sequence[Record]) -> None:
         events = [decoded(record) for record in records]
-        # A transaction that is not committed ends with its connection, before the lock is released.
+        # An uncommitted transaction ends with its connection, before the lock is released.
         with file_errors(self._path), write_lock(self._path), closing(open_file(self._path, writable=True)) as file:
             file.connection.execute("BEGIN IMMEDIATE")
             end = end_offset(file.connection)
             if end != self._end:
-                raise ConflictError(f"another process has written to {self._path}: end it, and try again")
+                raise ConflictError(f"another process has written to {self._path}: stop it, and try again")
             rows = [
                 (offset, event.package_id.bytes, event.sequence, event.command_id.bytes, record.value)
                 for offset, (event, record) in enumerate(zip(events, records, strict=True), end)
