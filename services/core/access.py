@@ -1,4 +1,4 @@
-"""Access: what a principal may do, and with the packages of which producers and subjects."""
+"""Access: the rights of a principal, and the producers and subjects of the packages for which they hold."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     if not others:
         return re.compile(first)
     *between, last = others
-    # It is enough to match each text between two stars where it first occurs. Atomic groups never try another place:
-    # backtracking would take time in a power of the text's length.
+    # It is enough to match each text between two stars at its first occurrence. Atomic groups never backtrack, which
+    # would take polynomial time in the length of the value.
     return re.compile(first + "".join(f"(?>.*?{text})" for text in between) + ".*" + last, re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Packages:
-    """The packages whose producer matches one of `producers` and whose subject matches one of `subjects`."""
+    """The set of packages whose producer matches one of `producers` and whose subject matches one of `subjects`."""
 
     producers: tuple[str, ...] = ("*",)
     subjects: tuple[str, ...] = ("*",)
 
     def include(self, producer: str, subject: str) -> bool:
-        """Whether a package of this producer and subject is one of them."""
+        """Whether a package of this producer and subject is in the set."""
         return any(matches(pattern, producer) for pattern in self.producers) and any(
             matches(pattern, subject) for pattern in self.subjects
         )
@@ -67,7 +67,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Where one right holds: the packages that any of `packages` includes. An empty scope is nowhere."""
+    """The packages for which one right holds: those that any of `packages` includes. An empty scope has none."""
 
     packages: tuple[Packages, ...]
 
@@ -119,7 +119,7 @@ def no_package(package_id: UUID) -> PackageNotFoundError:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks, and what they may do. `expires_at` is when their token ends, in seconds since 1970."""
+    """The sender of a request, with their grants. `expires_at` is when their token expires, in seconds since 1970."""
 
     actor: str
     """Their name in events: the alias of their issuer, a colon, and their subject at that issuer."""
@@ -128,7 +128,7 @@ class Principal:
     local: bool = False
     """Whether they are an unauthenticated user of this machine, who may act under any name."""
     basis: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What their rights follow from, nothing secret. `Authenticator.grants_of` finds their rights by it later."""
+    """What their rights were derived from; nothing secret. `Authenticator.grants_of` finds their rights by it later."""
 
     def may(self, right: Right) -> bool:
         """Whether they have the right for any package at all."""
@@ -145,5 +145,5 @@ def all_rights(actor: str, rights: Iterable[Right] = Right) -> Principal:
 
 
 def local_user(actor: str) -> Principal:
-    """Whoever uses this machine: they have all rights, and may act under any name."""
+    """The principal for a user of this machine: they have all rights, and may act under any name."""
     return Principal(actor, EVERYTHING, local=True)

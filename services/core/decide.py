@@ -1,10 +1,10 @@
-"""decide: which events a command becomes, given the state of its package.
+"""decide: turns a command into events, given the state of its package.
 
 First come the limits that it enforces, and the commands: what callers ask the registry to write. A command's `grants`
-are the sender's rights, which the package's writer checks. `principal` is the sender when they act in the actor's name
-by the right to delegate; None when the actor sends the command.
+are the sender's rights, which the package's writer checks. `principal` is the sender if they act in the actor's name by
+the right to delegate; None if the actor sends the command.
 
-After `decide` come the answer to a command that has become its events (`acknowledge`), and the check before an upload
+After `decide` come the answer to a command whose events are recorded (`acknowledge`), and the check before an upload
 (`check_ingest`).
 """
 
@@ -62,19 +62,19 @@ INLINE_MANIFEST_BYTES = 512 * 1024
 """A larger manifest is stored as a blob, and its event holds only the blob's key: a claim check."""
 
 EVENT_OVERHEAD_BYTES = 16 * 1024
-"""Room for everything in an event but metadata or manifest: six texts of 256 characters, a path, digests, headers."""
+"""Room for all of an event except metadata and manifest: six texts of 256 characters, a path, digests, headers."""
 
 ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
-"""How long after a package's finalization retries of its commands are answered. The partition's newest event tells the
-time."""
+"""How long after a package's finalization retries of its commands are answered, by the time of the partition's newest
+event."""
 
 MAX_IDLE_MICROS = 365 * 24 * 3600 * 1_000_000
-"""How long an open package takes commands after its last event. After that, the writer need not keep its files."""
+"""How long an open package accepts commands after its last event. After that, the writer need not keep its files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one deployment allows. Sizes in bytes; `max_event_bytes` is what the log takes in one record."""
+    """The limits of one deployment. Sizes are in bytes; `max_event_bytes` is the log's limit for one record."""
 
     max_file_bytes: int = 5 << 40
     max_files_per_package: int = 100_000
@@ -86,7 +86,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class CreatePackage:
-    """Create a package. `metadata` is a JSON object in JCS form; `package_id` is that of `identifiers.package_id`."""
+    """Create a package. `metadata` is a JSON object in JCS form; `identifiers.package_id` gives `package_id`."""
 
     package_id: UUID
     command_id: UUID
@@ -162,28 +162,28 @@ def decide(state: PackageState | None, command: Command | IngestTogether, now: i
 
 
 class Authorized(Protocol):
-    """A command or a question about a package, with its sender's rights."""
+    """A command or a question that concerns a package, with its sender's rights."""
 
     @property
     def package_id(self) -> UUID:
-        """The package that it is about."""
+        """The package that it concerns."""
 
     @property
     def grants(self) -> Grants:
-        """What its sender may do."""
+        """The sender's rights."""
 
     @property
     def principal(self) -> str | None:
-        """The sender, when they act in another's name."""
+        """The sender, if they act in another's name."""
 
 
 def require_write(state: PackageState | None, asked: Authorized) -> None:
-    """Raise unless the sender may write to the package, and in another's name if they do that.
+    """Raise unless the sender may write to the package and, if they act in another's name, may delegate.
 
     Raises:
         ForbiddenError: the sender lacks the right for packages of this producer and subject, or for this package, which
             they may read.
-        PackageNotFoundError: the sender may not even learn whether there is such a package.
+        PackageNotFoundError: the sender may not even learn whether the package exists.
     """
     if asked.grants is EVERYTHING:
         return
@@ -221,9 +221,9 @@ def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
 
 
 def may_answer(given: Acknowledgement, command: Command) -> bool:
-    """Whether another process's acknowledgement can be that of this command.
+    """Whether an acknowledgement from another process can be the one for this command.
 
-    What the command itself says is compared. Whether its events are in the log, only the log shows.
+    Compares the values that the command itself contains. Only the log shows whether its events are recorded.
     """
     files = _identified(command) if isinstance(command, IngestFiles) else []
     first = given.sequence - max(0, len(files) - 1)
@@ -275,7 +275,7 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
         check_text(name, getattr(command, name))
     _check_who([command])
     check_metadata_size(command.metadata, limits.max_metadata_bytes)
-    if not is_jcs_object(command.metadata):  # another gateway may have sent it, and readers stop at such an event
+    if not is_jcs_object(command.metadata):  # another gateway may have sent it; readers would stop at its event
         raise InvalidRequestError("metadata must be a JSON object in JCS form")
     if len(command.metadata.encode()) + EVENT_OVERHEAD_BYTES > limits.max_event_bytes:
         raise TooLargeError("the event would be larger than the log takes; send less metadata")
@@ -299,7 +299,7 @@ def _ingest_together(state: PackageState | None, together: IngestTogether, now: 
 
 
 def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now: int, limits: Limits) -> FileRun:
-    """The events for the commands' files. Of a single command, the first `done` files have theirs already."""
+    """The events for the commands' files. The first `done` files of a single command have their events already."""
     parts = [
         CommandFiles(
             command.command_id, command.actor, done, len(command.files), command.files[done:], command.principal
@@ -340,7 +340,7 @@ _BLOB_KEY = re.compile(r"(?:blobs|uploads)(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
 def _check_receipt(file: StoredFile) -> None:
     """Raise InvalidRequestError for a receipt that none of our stores issues: another gateway may have sent it.
 
-    Readers fetch whatever an event names, so it must be a blob, and exactly as long as the file.
+    Readers fetch whatever an event names, so a receipt must name bytes of a blob, exactly as many as the file has.
     """
     if (
         len(file.key) > _MAX_KEY_CHARACTERS
@@ -373,7 +373,7 @@ def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: L
 def _only_event(
     command: Command, payload: PackageCreated | PackageFinalized, digest: bytes, now: int, state: PackageState | None
 ) -> list[Event]:
-    """The one event that the command becomes, the next one after `state`. `digest` is the digest of the payload."""
+    """The only event of the command, which follows `state`. `digest` is the digest of the payload."""
     sequence, previous = (1, NO_DIGEST) if state is None else (state.sequence + 1, state.digest)
     event_type = PACKAGE_CREATED if isinstance(payload, PackageCreated) else PACKAGE_FINALIZED
     return [
@@ -406,7 +406,7 @@ def _require_whole(state: PackageState | None, command_id: UUID | None) -> None:
 def _require_open(
     state: PackageState | None, package_id: UUID, command_id: UUID | None, now: int, limits: Limits
 ) -> PackageState:
-    """The package, if it takes this command, which is new to it. Raises RejectedError."""
+    """The package, if it accepts this new command. Raises RejectedError."""
     if state is None:
         raise no_package(package_id)
     if state.status == ABANDONED or (state.status == CREATED and now - state.last_event_at > limits.max_idle_micros):
@@ -452,7 +452,7 @@ def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Lim
 
 
 def _check_tree(state: PackageState, relative_paths: Sequence[str], limits: Limits) -> None:
-    """Raise PathConflictError when a path would be both a file and a folder: nothing could unpack the package."""
+    """Raise PathConflictError if a path would be both a file and a folder: such a package cannot be unpacked."""
     folders, files, new = set[str](), state.files, set(relative_paths)
     add_folders(folders, relative_paths)
     known = state.folders
@@ -467,17 +467,17 @@ def _check_tree(state: PackageState, relative_paths: Sequence[str], limits: Limi
                     raise PathConflictError(
                         f"package {state.package_id}: {path!r} cannot lie in {folder!r}, which is a file"
                     )
-    # Four for each file, and those of one path at its deepest: the writer keeps the name of each folder, and a path of
-    # 1,024 bytes may have 511 of them.
+    # Four for each file, plus those of the deepest possible path: a path of 1,024 bytes may have 511 folders. The limit
+    # exists because the writer keeps the name of each folder.
     most = 4 * limits.max_files_per_package + MAX_PATH_BYTES // 2
     if len(known) + len(folders) > most and len(known) + len(folders - known) > most:
         raise TooLargeError(f"a package has at most {most:,} folders")
 
 
 def _known(state: PackageState, command: Command) -> CommandState | None:
-    """What an earlier try of the command has become; None if there was none.
+    """The state of an earlier attempt of the command; None if there was none.
 
-    Raises CommandReusedError: the earlier try was a different request.
+    Raises CommandReusedError: the earlier attempt was a different request.
     """
     known = state.commands.get(command.command_id)
     if known is None:
@@ -499,7 +499,7 @@ def _known(state: PackageState, command: Command) -> CommandState | None:
 
 
 def _same_files(state: PackageState, known: CommandState, command: IngestFiles) -> bool:
-    """Whether these are the files of the earlier try, as far as that was recorded."""
+    """Whether these are the files of the earlier attempt, as far as it was recorded."""
     try:
         items = [manifest_item(str(file_id), file) for file_id, file in _identified(command)]
     except ValueError:  # no record can hold these values, so they were not recorded

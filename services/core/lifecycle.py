@@ -1,4 +1,4 @@
-"""Retention: the seeded classes, and how long a package must be kept, computed from events alone.
+"""Retention: the seeded classes, and how long a package must be kept, computed only from events.
 
 A new class is one more row in `RETENTION_CLASSES`; `artifact-store migrate` copies the rows into the views. Every
 package records the days of its class when it is created, so a changed number applies to later packages only.
@@ -35,10 +35,10 @@ _BY_NAME = {c.name: c for c in RETENTION_CLASSES}
 
 
 def retention_class(name: str) -> RetentionClass:
-    """The seeded class of this name. Raises UnknownRetentionClassError, which lists the known ones."""
+    """The seeded class with this name. Raises UnknownRetentionClassError, which lists the known ones."""
     found = _BY_NAME.get(name)
     if found is None:
-        # The name is shown escaped: it may hold anything at this point.
+        # The name is shown escaped, because it may contain anything at this point.
         raise UnknownRetentionClassError(f"unknown retention class {name[:64]!a}; known: {', '.join(_BY_NAME)}")
     return found
 

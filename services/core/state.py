@@ -1,6 +1,6 @@
-"""The state of one package, as the writer needs it to decide.
+"""The state of one package, as far as the writer needs it to decide.
 
-`evolve` gives the state after one more event, and `manifest_of` the manifest that the package is frozen under.
+`evolve` gives the state after one more event, and `manifest_of` the manifest under which the package is frozen.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from schemas.runs import CommandFiles, FileRun, StoredFile, commands_of
 CREATED = "created"
 FINALIZED = "finalized"
 ABANDONED = "abandoned"
-"""An open package that takes no more commands, so that its files are no longer kept here: see `MAX_IDLE_MICROS`."""
+"""The status of an open package that accepts no more commands, so its files are not kept: see `MAX_IDLE_MICROS`."""
 
 
 class FileState(NamedTuple):
-    """What the state keeps of one file: its place in the chain, and its two manifest items, already encoded.
+    """The state of one file: its place in the chain, and its two manifest items, already encoded.
 
     Encoding them early spreads the cost of a manifest over the ingests: finalizing only sorts and joins.
     """
@@ -76,19 +76,19 @@ def receipt_item(file_id: str, location_id: str, file: StoredFile) -> bytes:
 
 
 class Answered(NamedTuple):
-    """What the state keeps of consecutive files of one command, once their package is finalized, to answer retries."""
+    """The state of consecutive files of one command in a finalized package, kept to answer retries."""
 
     items_digest: bytes
     """BLAKE3 over their items in the manifest."""
     event_digests: bytes
-    """One after the other."""
+    """The digests of their events, concatenated."""
 
 
 @dataclass(slots=True)
 class CommandState:
-    """What a command has become so far: `done` of `count` events, the last of which has the sequence `last_sequence`.
+    """The progress of a command: `done` of its `count` events are recorded, the last with sequence `last_sequence`.
 
-    The events of a command are consecutive: until it is complete, its package takes no other command.
+    The events of a command are consecutive: until it is complete, its package accepts no other command.
     """
 
     event_type: str
@@ -102,7 +102,7 @@ class CommandState:
     answered: tuple[Answered, ...] = ()
     """Replaces `paths`, and the package's `files`, once the package is finalized and no longer in memory."""
     principal: str | None = None
-    """Who sent it in the actor's name; None: the actor."""
+    """The sender who acted in the actor's name; None if the actor sent it."""
 
 
 @dataclass(slots=True)
@@ -130,15 +130,15 @@ class PackageState:
     forgotten: bool = False
     """Whether the package's commands and files are no longer kept, because retries are no longer answered."""
     unfinished: UUID | None = None
-    """The command that is only partly recorded, if there is one; until it is complete, only its retry is taken."""
+    """The command that is only partly recorded, if any; until it is complete, only its retry is accepted."""
 
     @property
     def entries(self) -> int:
-        """How many files, folders and commands it holds, each of which takes memory."""
+        """The number of files, folders and commands in it, each of which takes memory."""
         return len(self.files) + len(self.folders) + len(self.commands)
 
     def add_files(self, paths: Sequence[str], files: Iterable[FileState]) -> None:
-        """Add files by their paths, with the folders that they lie in.
+        """Add files by their paths, with their folders.
 
         Raises ValueError: there are not as many files as paths.
         """
@@ -147,7 +147,7 @@ class PackageState:
         self.unportable = None
 
     def remains(self) -> PackageState:
-        """The package as it is kept once its commands are no longer answered: without files and commands."""
+        """The package without files and commands, as it is kept when retries are no longer answered."""
         return PackageState(
             self.package_id,
             self.created,
@@ -162,14 +162,14 @@ class PackageState:
         )
 
     def find_unportable(self) -> Unportable:
-        """Which of its files cannot be unpacked on every system. Only the first call takes as long as `unportable`."""
+        """The files that cannot be unpacked on every system. Only the first call takes as long as `unportable`."""
         if self.unportable is None:
             self.unportable = unportable(self.files, self.folders)
         return self.unportable
 
 
 def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
-    """Apply the event to the state, which is changed in place and returned; None is the state before the first event.
+    """Apply the event to the state, change it in place, and return it. None is the state before the first event.
 
     Raises:
         CorruptError: the event cannot follow the state: a gap in the sequence, a broken chain, an impossible order.
@@ -210,7 +210,7 @@ def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
 
 
 def evolve_all(state: PackageState | None, events: Sequence[Event]) -> PackageState:
-    """The state after all of these events. Raises as `evolve`; ValueError if there is neither an event nor a state."""
+    """The state after all these events. Raises as `evolve`; ValueError if there is neither an event nor a state."""
     for event in (events,) if isinstance(events, FileRun) else events:  # a run is folded as one event
         state = evolve(state, event)
     if state is None:
@@ -266,8 +266,8 @@ def _add_files(state: PackageState, run: FileRun) -> None:
 def repeats(state: PackageState | None, event: Event) -> bool:
     """Whether the package already has this event.
 
-    It has an event with this sequence, and the two are compared as far as the state allows: for an open package that is
-    every event, for a finalized one only the last.
+    If the package has an event with this sequence, the two are compared as far as the state allows: in an open package,
+    every event can be compared; in a finalized one, only the last.
 
     Raises:
         CorruptError: the package has another event with this sequence, or the sequence is below 1.
@@ -297,7 +297,7 @@ def _is_another(state: PackageState, event: Event) -> bool:
 
 
 def manifest_of(state: PackageState, finalized_at: int) -> bytes:
-    """The manifest of the package as it stands, in canonical CBOR; `finalized_at` in µs since 1970.
+    """The manifest of the package in its present state, in canonical CBOR; `finalized_at` is in µs since 1970.
 
     The map's keys come in canonical order: by the length of their text, then by its bytes.
     """

@@ -34,12 +34,12 @@ VERSION = 5
 OLDEST = 1
 """The oldest version that this release reads and writes, which is the newest one that the previous release knows.
 
-Stored messages have this version, and so do messages to gateways that have not said yet which version they know.
+Stored messages have this version, and so do messages to gateways whose newest version is not known yet.
 """
 
 MAX_DETAIL_CHARACTERS = 4_096
 MAX_RETRY_SECONDS = 3_600.0
-"""How much of an error's text is read, and how long it may ask to wait."""
+"""The most that is read of an error's text (characters), and the longest wait that it may ask for (s)."""
 
 LAST_TIME = 253_402_300_799_999_999
 """The last µs of the year 9999, after which times cannot be written."""
@@ -51,7 +51,7 @@ _ADDED: dict[tuple[str, str], int] = {
     **{(command, "principal"): 4 for command in ("CreatePackage", "IngestFiles", "FinalizePackage")},
     ("Acknowledgement", "position"): 5,
 }
-"""The version that added a field, by the names of class and field. All other fields are in version 1."""
+"""The version that added a field, by class name and field name. All other fields are in version 1."""
 
 _ADDED_PROBLEMS = {"path-conflict": 2, "answer-expired": 2, "package-abandoned": 2, "forbidden": 3}
 """The version that added an error, by its problem type."""
@@ -100,7 +100,7 @@ def decode_command(data: bytes, version: int = VERSION) -> Command:
     kind, values = _pair(_loads(data))
     shape = _COMMANDS.get(kind) if isinstance(kind, str) else None
     if shape is None:
-        raise InvalidRequestError("the forwarded command is of no known kind")
+        raise InvalidRequestError("the forwarded command is of an unknown kind")
     return _build(shape, values, version)
 
 
@@ -164,7 +164,7 @@ def encode_error(error: ArtifactStoreError, version: int = VERSION) -> bytes:
 def decode_error(data: bytes) -> ArtifactStoreError:
     """Rebuild an error from its problem type; UnavailableError if that is unknown or the bytes cannot be read.
 
-    Numbers and facts that no such error has are left out.
+    Numbers and facts that such an error cannot have are left out.
     """
     try:
         found = _loads(data)
@@ -201,7 +201,7 @@ _FACTS: dict[str, Callable[[object], bool]] = {
     "finalized_at": _is_time,
     "manifest_digest": _is_text,
 }
-"""The facts that errors have, and what they can be."""
+"""The facts that errors may have, and the check for their values."""
 
 
 def _error_classes(root: type[ArtifactStoreError] = ArtifactStoreError) -> Iterator[type[ArtifactStoreError]]:
@@ -292,7 +292,7 @@ def _dumps(value: Any) -> bytes:
 def _plain_uuid(encoder: Any, value: Any) -> None:
     """Encode a subclass of UUID as a UUID: cbor2 encodes only that type itself."""
     if not isinstance(value, UUID):
-        raise TypeError(f"{type(value).__name__} is nothing that is forwarded")
+        raise TypeError(f"{type(value).__name__} cannot be forwarded")
     encoder.encode(UUID(int=value.int))
 
 
