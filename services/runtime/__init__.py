@@ -1,4 +1,4 @@
-"""What every process of the product needs: its children, the clock, addresses, locks, and the trace of a request.
+"""What every process of the product needs: child processes, clocks, addresses, locks, TLS, metrics, logs and traces.
 
-Imports `artifact_store` alone. Begin where you need to: no module here knows another one's work.
+Imports only `artifact_store`. Read the module that you need: they do not build on each other.
 """

@@ -1,4 +1,4 @@
-"""Hosts, and addresses to listen on: `HOST:PORT`, read in one way wherever one is set."""
+"""Addresses to listen on: `HOST:PORT`, parsed in the same way for every setting."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _LAST_PORT = 65_535
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
-    """Where something is served; port 0 takes a free one."""
+    """A host and port to listen on; port 0 takes a free port."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `HOST:PORT`, an IPv6 address in brackets. Raises ValueError."""
+        """Parse `HOST:PORT`, with an IPv6 address in brackets. Raises ValueError."""
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
         number = parse_number(port)
@@ -29,12 +29,12 @@ class ListenAddress:
         return cls(host, number)
 
     def of_process(self, number: int) -> ListenAddress:
-        """That of one of several processes, counted from 0: they take as many ports from the first on."""
+        """The address of one of several processes, counted from 0: they take consecutive ports."""
         return ListenAddress(self.host, self.port + number if self.port else 0)
 
     @property
     def is_loopback(self) -> bool:
-        """Whether nobody but this machine reaches it."""
+        """Whether it can only be reached from this machine."""
         return is_loopback(self.host)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Clocks: passed in wherever time is needed, so that tests can set them; and what is known of a store's own clock."""
+"""Clocks, which are passed in wherever time is needed, so that tests can set them; and the clock of a blob store."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Clock = Callable[[], int]
 """Gives the time in µs since 1970-01-01T00:00Z."""
 
 FAR_SECONDS = 300.0
-"""Clocks that differ by more than this are wrong; those of machines that keep time differ by far less than a second."""
+"""If two clocks differ by more than this, one is wrong: synchronized clocks differ by far less than a second."""
 
 _SLOW_SECONDS = 5.0
-"""An answer that took longer says too little about the time at which it was given."""
+"""An answer that took longer than this says too little about the time at which it was given."""
 
 _MICROS = 1_000_000
 
@@ -24,7 +24,7 @@ def system_clock() -> int:
 
 
 def span(seconds: float) -> str:
-    """A length of time in words, rounded."""
+    """A duration in words, rounded."""
     for unit, name in ((3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"
@@ -32,28 +32,28 @@ def span(seconds: float) -> str:
 
 
 class StoreClock:
-    """The clock of a store, known from the times that its answers name. For any thread.
+    """The clock of a store, known from the times in its answers. For any thread.
 
-    Between two answers it goes on by the monotonic clock, so that a step of the system's clock shows at once.
+    Between two answers it advances by the monotonic clock, so that a step of the system's clock shows at once.
     """
 
     def __init__(self, own: Clock = system_clock, ticks: Callable[[], float] = time.monotonic) -> None:
-        """`ticks` gives seconds and never steps."""
+        """`ticks` is a monotonic clock in seconds, which never steps."""
         self._own = own
         self._ticks = ticks
         self._bounds: tuple[int, int] | None = None
-        """The store's time minus `ticks` lies between these (µs)."""
+        """The bounds of the difference between the store's time and `ticks` (µs)."""
 
     def heard(self, second: int, sent: float) -> None:
-        """An answer that came just now names this second (since 1970); it was asked for when `ticks` gave `sent`."""
+        """Note an answer that just came with this time (s since 1970); its request was sent at `sent`, by `ticks`."""
         came = self._ticks()
         if came - sent <= _SLOW_SECONDS:
             self._bounds = int((second - came) * _MICROS), int((second + 1 - sent) * _MICROS)
 
     def ahead(self) -> int | None:
-        """By how many µs the system's clock is at least ahead of the store's; negative when it is behind.
+        """The least by which the system's clock is ahead of the store's, in µs; negative if it is behind.
 
-        0 when they agree as far as is known: answers name whole seconds. None until the store has named its time.
+        0 if they agree as far as can be known, since answers have whole seconds. None until the store has answered.
         """
         if self._bounds is None:
             return None
@@ -63,7 +63,7 @@ class StoreClock:
         return now - most if now > most else min(0, now - least)
 
     def trouble(self) -> str | None:
-        """What is wrong when the clocks differ by more than FAR_SECONDS, and what mends it."""
+        """What is wrong, and what mends it, if the clocks differ by more than FAR_SECONDS; else None."""
         ahead = (self.ahead() or 0) / _MICROS
         if abs(ahead) <= FAR_SECONDS:
             return None
@@ -71,9 +71,9 @@ class StoreClock:
         return f"this machine's clock is {differs} the blob store's: set the one that is wrong, best by NTP on both"
 
     def micros(self) -> int:
-        """The store's time in µs since 1970, and the system's until the store has named its own."""
+        """The store's time in µs since 1970; the system's time until the store has answered."""
         return self._own() - (self.ahead() or 0)
 
     def now(self) -> datetime:
-        """As `micros`, aware."""
+        """As `micros`, as an aware datetime."""
         return datetime.fromtimestamp(self.micros() / _MICROS, UTC)

@@ -1,7 +1,8 @@
-"""Locks between processes, folders whose names outlive a power cut, and files that only their owner can read.
+"""Locks between processes, folders whose names survive a power cut, and files that only their owner can read.
 
-The modes do not depend on the umask, by which the same process writes files of its user, such as those of a pull. The
-system releases a lock however its holder ends. What lies in a folder whose own name was not synced is lost with it.
+The modes do not depend on the umask, which is for files that the process writes for its user, such as those of a pull.
+The system releases a lock however its holder ends. If a folder's own name was not synced, a power cut can lose it with
+everything in it.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from pathlib import Path
 from artifact_store.user_files import sync_folder
 
 PRIVATE_FOLDER = 0o700
-"""The mode of folders of ours."""
+"""The mode of the product's own folders."""
 
 PRIVATE_FILE = 0o600
-"""The mode of files of ours."""
+"""The mode of the product's own files."""
 
 _POLL_SECONDS = 0.002
 
 
 class FileLock:
-    """An exclusive lock on a file that holds nothing and is never deleted (a deleted one could be held twice).
+    """An exclusive lock on an empty file that is never deleted (the lock on a deleted file could be held twice).
 
-    Two instances exclude each other within one process too (flock(2) locks belong to the open file).
+    Two instances exclude each other within one process too, because flock(2) locks belong to the open file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +41,7 @@ class FileLock:
         return self._descriptor is not None
 
     def take(self, timeout_seconds: float = 0.0) -> bool:
-        """Take the lock, waiting at most so long; blocks meanwhile. False when another holds it. Raises OSError."""
+        """Take the lock; blocks for at most `timeout_seconds`. False if another holds it. Raises OSError."""
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -59,10 +60,10 @@ class FileLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Give the lock back; nothing happens when it is not held. Only for the process that took it."""
+        """Release the lock; does nothing if it is not held. Only for the process that took it."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open as well
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a forked process has the file open as well
             os.close(descriptor)
 
 
@@ -76,9 +77,9 @@ def make_folder(folder: Path) -> None:
 
 
 def private_file(path: Path) -> Path:
-    """Create an empty file, and its folder, unless they are there. Returns the path. Blocks. Raises OSError.
+    """Create an empty file, and its folder, unless they exist. Returns the path. Blocks. Raises OSError.
 
-    What SQLite keeps beside a database gets the mode of the database.
+    The files that SQLite keeps beside a database get the mode of the database.
     """
     if not path.exists():
         path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ def private_file(path: Path) -> Path:
 
 
 def only_we_write(path: Path) -> bool:
-    """Whether nobody but this process's user, its group and root may change a file or folder. Blocks. Raises OSError.
+    """Whether only this process's user, its group and root may change a file or folder. Blocks. Raises OSError.
 
     The group counts as ours, because Kubernetes lets the group of a pod write to its volumes (`fsGroup`).
     """
@@ -98,12 +99,12 @@ def only_we_write(path: Path) -> bool:
 
 
 def secure_folder(folder: Path) -> None:
-    """Make the names of a folder, and of those above it, durable although they are there. Blocks. Raises OSError.
+    """Make the names of an existing folder, and of those above it, durable. Blocks. Raises OSError.
 
-    Whoever made one may not have come to that yet, or died before it.
+    The process that created one may not have synced it yet, or may have died before that.
     """
     folder = folder.resolve()
-    while not folder.is_mount():  # what it is mounted on was there before
+    while not folder.is_mount():  # a mount point existed before
         folder = folder.parent
-        with suppress(PermissionError):  # one that we may not read is not where we made anything
+        with suppress(PermissionError):  # we created nothing in a folder that we may not read
             sync_folder(folder)

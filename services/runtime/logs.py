@@ -1,4 +1,4 @@
-"""Log lines: as JSON, in UTC, and how often one that repeats may come."""
+"""Log lines: JSON with times in UTC, and a limit for lines that repeat."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 from functools import lru_cache
 
 REPEAT_SECONDS = 60.0
-"""How often a line that repeats may come."""
+"""The least time between two lines of one kind."""
 
 _MOST_KINDS = 200
 
 
 class Repeats:
-    """Lets one line of a kind pass once in a while, and says how many came in between."""
+    """Lets one line of each kind pass per REPEAT_SECONDS, and says how many were held back in between."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -35,9 +35,9 @@ class Repeats:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: `time` (UTC), `level`, `logger`, `process`, `message`, and the `fields` of the record.
+    """One JSON object per line: `time` (UTC), `level`, `logger`, `process`, `message`, and the `fields` of the record.
 
-    A traceback is in `exception`.
+    `exception` has the traceback, if there is one.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -56,12 +56,12 @@ class JsonLines(logging.Formatter):
 
 
 def utc(seconds: float) -> str:
-    """A time in seconds since 1970 as RFC 3339 has it, in milliseconds."""
+    """A time in seconds since 1970 in the form of RFC 3339, with milliseconds."""
     whole = int(seconds)
     return f"{_utc_second(whole)}.{int((seconds - whole) * 1000):03d}Z"
 
 
 @lru_cache(maxsize=2)
 def _utc_second(whole: int) -> str:
-    """Most log lines fall into the second of the line before."""
+    """Cached, because most log lines are in the same second as the one before."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))

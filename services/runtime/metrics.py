@@ -1,4 +1,4 @@
-"""Where a process's metrics are collected: its use of the machine and its release are among them from the beginning.
+"""Registries of metrics, which always include the process's use of the machine and its release; and their listener.
 
 `catalogue` is `docs/metrics.md`, generated from all code that defines metrics (`python -m services.runtime.metrics`).
 """
@@ -48,7 +48,7 @@ OPERATION_SECONDS = Histogram(
     registry=None,
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
-"""Of this process since it began; every registry of `new_registry` shows it."""
+"""Counts for this process since it began; every registry of `new_registry` shows it."""
 
 OPERATION_FAILURES = Counter(
     "artifact_store_operation_failures",
@@ -60,7 +60,7 @@ OPERATION_FAILURES = Counter(
 
 
 class _Certificates(Collector):
-    """When certificates end, read from their files at each scrape: a few KiB."""
+    """When certificates expire, read from their files (a few KiB) at each scrape."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
@@ -79,7 +79,7 @@ class _Certificates(Collector):
 def new_registry(certificates: Mapping[str, Path] | None = None) -> CollectorRegistry:
     """A registry with `process_*`, `artifact_store_build_info` and the operations of components.
 
-    It shows when the certificates in these files, by setting, end. Counters in it have no `_created` beside them.
+    It shows when the certificates in these files expire, by setting. Its counters have no `_created` series.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
@@ -100,14 +100,14 @@ def new_registry(certificates: Mapping[str, Path] | None = None) -> CollectorReg
 
 @asynccontextmanager
 async def served(registry: CollectorRegistry, address: ListenAddress | None) -> AsyncIterator[None]:
-    """Serve the registry's metrics over HTTP inside the block, in threads; not at all without an address.
+    """Within the block, serve the registry's metrics over HTTP, in threads. Without an address, do nothing.
 
-    Raises ConfigurationError: the address cannot be had.
+    Raises ConfigurationError: the address cannot be listened on.
     """
     if address is None:
         yield
         return
-    from services.runtime.addresses import ListenAddress  # the command line's help must not load what that loads
+    from services.runtime.addresses import ListenAddress  # here, so that the command line's help need not load it
 
     try:
         server, thread = start_http_server(address.port, address.host, registry)
@@ -123,10 +123,10 @@ async def served(registry: CollectorRegistry, address: ListenAddress | None) -> 
 
 
 def release() -> str:
-    """The version of the product that is installed."""
+    """The installed version of the product."""
     try:
         return version("artifact-store")
-    except PackageNotFoundError:  # run from a copy of the sources that is not installed
+    except PackageNotFoundError:  # running from sources that are not installed
         return "unknown"
 
 
@@ -136,13 +136,13 @@ _WRITE_SECONDS = 5.0
 class RunMetrics:
     """Metrics of a command that runs to its end, in a file for the textfile collector of Prometheus's node exporter.
 
-    The file is replaced as a whole: when the run begins, every 5 s at most while it goes on, and when it ends. When the
-    last run succeeded is taken over from the file that was there. Without a file nothing happens. Methods block for a
-    small write.
+    The file is replaced as a whole: at the start of the run, at most every 5 s during it, and at its end. The time of
+    the last success is copied from the previous file. Without a file, nothing is written. Methods block for a small
+    write.
     """
 
     def __init__(self, file: Path | None, run: str) -> None:
-        """`run` names the command, and what it is about."""
+        """`run` names the command and its subject."""
         self._file = file
         self._registry = CollectorRegistry()
         self._written = -math.inf
@@ -182,7 +182,7 @@ class RunMetrics:
         )
 
     def __enter__(self) -> Self:
-        """Raises OSError: the file cannot be written."""
+        """Begin the run. Raises OSError: the file cannot be written."""
         if self._file is not None:
             self._success.set(self._last_success())
             self._active.set(1)
@@ -191,14 +191,14 @@ class RunMetrics:
         return self
 
     def progress(self, done: float, total: float) -> None:
-        """So much of the longest part is done."""
+        """Note how much of the longest part is done."""
         if total > 0:
             self._progress.set(min(1.0, done / total))
         if time.monotonic() >= self._written + _WRITE_SECONDS:
             self._try_to_write()
 
     def found(self, problems: int) -> None:
-        """So much is wrong."""
+        """Note how many problems were found."""
         self._wrong = problems
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -213,13 +213,13 @@ class RunMetrics:
     def _try_to_write(self) -> None:
         try:
             self._write()
-        except OSError as error:  # the run is worth more than the file
+        except OSError as error:  # the run is more important than the file
             _LOG.warning("the metrics could not be written to %s: %s", self._file, error.strerror)
 
     def _write(self) -> None:
         self._written = time.monotonic()
         if self._file is not None:
-            fresh = self._file.with_name(f".{self._file.name}.{os.getpid()}")  # one that the collector passes over
+            fresh = self._file.with_name(f".{self._file.name}.{os.getpid()}")  # a name that the collector ignores
             fresh.write_bytes(generate_latest(self._registry))
             fresh.chmod(0o644)
             fresh.replace(self._file)
@@ -255,7 +255,7 @@ class _Defined(NamedTuple):
 
 
 def catalogue() -> str:
-    """The whole document. Reads the source."""
+    """The text of docs/metrics.md. Reads the source code."""
     root = Path(__file__).parents[2]
     files = sorted(
         path for folder in ("ingest_gateway", "projector", "services") for path in (root / folder).rglob("*.py")
@@ -274,7 +274,7 @@ def catalogue() -> str:
 
 
 def _defined(node: ast.AST) -> _Defined | None:
-    """The metric that a call, or a row of a table, defines: name, text and labels."""
+    """The metric that a call, or a row of a table, defines; None if it defines none."""
     kind, values, further = "gauge", list[ast.expr](), list[str]()
     if isinstance(node, ast.Tuple):
         values, further = node.elts, ["partition"]

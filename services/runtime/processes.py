@@ -1,7 +1,7 @@
-"""Several processes of one command: started, watched over, started again when they die, and told to stop.
+"""Several processes of one command: they are started, watched, restarted when they die, and told to stop.
 
-This process only watches: it holds no client of the log or the database. The others end when it does, however that
-happens: each has a pipe from it as its standard input, whose end is what `when_input_ends` waits for.
+The watching process does nothing else, and has no client of the log or the database. The others end when it ends, for
+whatever reason: the standard input of each is a pipe from it, and `when_input_ends` notices when the pipe closes.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from dataclasses import dataclass
 logger = logging.getLogger(__name__)
 
 PYTHON = (sys.executable, "-P")
-"""What runs a module of ours: -P, since it would import from the folder that the command was called in first."""
+"""The command that runs our modules. -P keeps Python from importing from the current folder first."""
 
 _NOT_STARTED = -1
 
 STOP_SECONDS = 90.0
-"""How long a process may take to end once it was told to: a gateway gives its requests 30 s, then hands over."""
+"""How long a process may take to stop: a gateway gives its requests 30 s, then hands its partitions over."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What one of the processes is: command line, whole environment, and the descriptors that it inherits."""
+    """One of the processes: its command line, whole environment, and the descriptors that it inherits."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
@@ -40,11 +40,11 @@ class Command:
 
 @dataclass(frozen=True)
 class RestartRule:
-    """What becomes of a process that ends although nobody told it to.
+    """What to do with a process that ends although nobody told it to.
 
-    It is started again after a pause: none if it had run for `sound_seconds`, else twice as long each time. It is
-    given up when its exit code is one of `final`, or when it died `most_deaths` times in a row, none of which came
-    after `sound_seconds`. The others then go on, or are told to stop too: `all_or_none`.
+    It is started again: at once if it had run for longer than `sound_seconds`, else after a pause that doubles each
+    time. It is given up if its exit code is one of `final`, or after it died `most_deaths` times in a row within
+    `sound_seconds` each. With `all_or_none` the others are then told to stop too; otherwise they continue.
     """
 
     final: frozenset[int]
@@ -56,7 +56,7 @@ class RestartRule:
 
 
 async def wait_for_stop(stop: asyncio.Event, seconds: float) -> None:
-    """Wait until `stop` is set, for so many seconds at most."""
+    """Wait until `stop` is set, for at most this many seconds."""
     with suppress(TimeoutError):
         await asyncio.wait_for(stop.wait(), seconds)
 
@@ -68,13 +68,13 @@ async def run_processes(
     *,
     when_ending: Callable[[], object] = lambda: None,
 ) -> int:
-    """Run a process of each command until `stop` is set, then tell them to stop; the exit code.
+    """Run a process for each command until `stop` is set, then tell them to stop. Returns the exit code.
 
-    Blocks until all have ended, which is early when they were given up. `when_ending` is called when they are to end,
-    before they have. The code is 0 when they were told to end and
-    did so, else that of the first that was given up or did not end well; 1 for one that a signal ended.
+    Blocks until all have ended, which is earlier if they were given up. `when_ending` is called when they are told to
+    end. The code is 0 if all ended as they were told to. Otherwise it is that of the first process that was given up or
+    failed; a process that a signal ended counts as 1.
     """
-    ending = asyncio.Event()  # set by `stop`, or by one of them on behalf of all
+    ending = asyncio.Event()  # set after `stop`, or by a process that ends all of them
     watched = [_Watched(command, number, rule, ending) for number, command in enumerate(commands, 1)]
     keeping = asyncio.gather(*(process.keep_up() for process in watched))
     told = (asyncio.create_task(stop.wait()), asyncio.create_task(ending.wait()))
@@ -86,12 +86,12 @@ async def run_processes(
     finally:
         for task in told:
             task.cancel()
-        keeping.cancel()  # nothing is left to cancel, but where this itself was
+        keeping.cancel()  # only has an effect if this function was cancelled
     return next((code for code in codes if code), 0)
 
 
 def when_input_ends(call: Callable[[], object]) -> None:
-    """Call, in a thread of its own, once the standard input is at its end: whoever started this process is gone."""
+    """Call `call`, in a separate thread, when the standard input ends, because the parent process is gone."""
 
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 1024):
@@ -102,11 +102,11 @@ def when_input_ends(call: Callable[[], object]) -> None:
 
 
 def end_with_parent(stop: asyncio.Event) -> None:
-    """Set `stop` once whoever started this process is gone; where it was set already, end this process at once."""
+    """Set `stop` when the parent process is gone. If it is set already, kill this process at once."""
     loop = asyncio.get_running_loop()
 
     def gone() -> None:
-        if stop.is_set():  # told to end twice, as a process is that runs alone
+        if stop.is_set():  # told to end a second time: a process that runs alone would end at once too
             os.kill(os.getpid(), signal.SIGKILL)
         stop.set()
 
@@ -114,7 +114,7 @@ def end_with_parent(stop: asyncio.Event) -> None:
 
 
 class _Watched:
-    """One of the processes."""
+    """One of the watched processes."""
 
     def __init__(self, command: Command, number: int, rule: RestartRule, stop: asyncio.Event) -> None:
         self._command = command
@@ -123,14 +123,14 @@ class _Watched:
         self._stop = stop
 
     async def keep_up(self) -> int:
-        """Run it, again whenever it dies; its exit code when it ends for good."""
+        """Run the process, and restart it whenever it dies. Returns its exit code when it ends for good."""
         rule = self._rule
         pause, deaths = 0.0, 0
         while not self._stop.is_set():
             began = time.monotonic()
             code = await self._run()
             if self._stop.is_set():
-                # Ended by the signal: it was told before it could listen. Whoever listens goes on to do so to its end.
+                # A process that SIGTERM ended was told to stop before it had installed its handler: that is no failure.
                 return 0 if code == -signal.SIGTERM else code if code >= 0 else 1
             if code in rule.final:
                 return self._given_up(code)
@@ -151,12 +151,12 @@ class _Watched:
         return code
 
     async def _run(self) -> int:
-        """Start the process and wait for its end, or for `stop`, then for its end; its exit code.
+        """Start the process, and wait until it ends, by itself or after `stop`. Returns its exit code.
 
-        One that the system does not start counts as one that died.
+        A process that the system cannot start counts as one that died.
         """
         try:
-            # In a group of its own: a terminal's Ctrl-C reaches this process, which tells the others, once.
+            # In a separate process group, so that a terminal's Ctrl-C reaches only this process. It tells the others.
             process = await asyncio.create_subprocess_exec(
                 *self._command.arguments,
                 stdin=asyncio.subprocess.PIPE,
@@ -188,7 +188,7 @@ class _Watched:
 def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
     """Send the signal, unless the process has ended.
 
-    Popen's own method would look for its end, and take the exit code from asyncio, which then says 255.
+    Popen's own method would reap an ended process, so that asyncio would miss its exit code and report 255.
     """
     if process.returncode is None:
         with suppress(ProcessLookupError):
@@ -196,15 +196,18 @@ def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
 
 
 YOUNG = 50_000
-"""So many objects are made, net of those that went by themselves, before the new ones are looked at; the default is
-700. A batch of commands makes ten thousand and more that live as long as it does. Garbage in cycles waits longer,
-in some MiB."""
+"""The net number of new objects after which the youngest generation is collected; the default is 700. A batch of
+commands makes ten thousand and more that live as long as the batch. Garbage in cycles lives longer, and takes some
+MiB."""
 
 OLDER = 20
-"""So many times the younger ones are looked at before the older ones are; the default is 10."""
+"""How many collections of a younger generation come before one of the next older; the default is 10."""
 
 
 def collect_rarely() -> None:
-    """For the start of a process that runs long or makes much: spare what exists by now, look at the rest seldom."""
+    """Exempt all present objects from garbage collection, and collect rarely.
+
+    For the start of a process that is long-lived or creates many objects.
+    """
     gc.freeze()
     gc.set_threshold(YOUNG, OLDER, OLDER)

@@ -1,4 +1,4 @@
-"""TLS contexts from files, read again when the files change: certificates are renewed without a restart."""
+"""TLS contexts from files. They are read again when the files change, so certificates are renewed without a restart."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _Version = tuple[tuple[int, int, int], ...]
 
 
 def ends(certificates: Path) -> float:
-    """When the certificates in a file (PEM) end, in seconds since 1970. Blocks.
+    """When the certificates in a file (PEM) expire, in seconds since 1970. Blocks.
 
-    That is the first to end of a certificate with its chain, and the last one of a file of authorities, where one that
-    is being replaced may end. Raises ConfigurationError: the file cannot be read, or holds no certificate.
+    For a certificate with its chain, this is the earliest of their expiry times. For a file of authorities it is the
+    latest, because one that is being replaced may expire. Raises ConfigurationError: the file cannot be read, or has no
+    certificate.
     """
     from cryptography import x509  # takes longer to load than most commands run
 
@@ -35,7 +36,7 @@ def ends(certificates: Path) -> float:
 
 
 def all_ends(files: Mapping[str, Path]) -> dict[str, float]:
-    """As `ends`, by setting, for `Settings.certificates`. A file that cannot be read has ended long ago. Blocks."""
+    """As `ends`, by setting, for `Settings.certificates`; 0 for a file that cannot be read. Blocks."""
     found = {}
     for setting, path in files.items():
         try:
@@ -47,7 +48,7 @@ def all_ends(files: Mapping[str, Path]) -> dict[str, float]:
 
 
 class ReloadedContext:
-    """A context that follows its files. Files that cannot be used change nothing; that is logged once."""
+    """A context that is made again when its files change. New files that cannot be used are logged once and ignored."""
 
     def __init__(self, make: Callable[[], ssl.SSLContext], files: tuple[Path, ...], setting: str) -> None:
         """`make` reads the files; `setting` names them in errors. Blocks. Raises ConfigurationError."""
@@ -61,7 +62,7 @@ class ReloadedContext:
             raise ConfigurationError(f"{setting} cannot be used: {_why(error)}") from None
 
     def current(self) -> ssl.SSLContext:
-        """The context of the files as they are. Looks at their times, and reads them if they changed: a few KiB."""
+        """The context of the present files. Blocks for checking their times and, if they changed, for reading them."""
         version = self._seen()
         if version != self._version:
             self._version = version
@@ -86,9 +87,9 @@ class ReloadedContext:
 def serving(
     certificate: Path, key: Path, *, clients: Path | None = None, demanded: bool = True, setting: str
 ) -> ssl.SSLContext:
-    """A context for a listener, whose handshakes use the files as they are then. Blocks. Raises ConfigurationError.
+    """A context for a listener. Each handshake uses the present files. Blocks. Raises ConfigurationError.
 
-    `clients` is a file of authorities for certificates of clients, which are `demanded`, or else may be missing.
+    `clients` is a file of authorities for client certificates. Without `demanded`, clients may have no certificate.
     """
 
     def make() -> ssl.SSLContext:
@@ -111,7 +112,7 @@ def serving(
 
 
 def asking(authorities: Path, certificate: Path | None, key: Path | None, *, setting: str) -> ReloadedContext:
-    """A context for a client that trusts these `authorities` alone. Blocks. Raises ConfigurationError."""
+    """A context for a client that trusts only these `authorities`. Blocks. Raises ConfigurationError."""
 
     def make() -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=str(authorities))
@@ -125,7 +126,7 @@ def asking(authorities: Path, certificate: Path | None, key: Path | None, *, set
 
 
 def _no_password() -> str:
-    """Otherwise OpenSSL asks at the terminal, and a server would wait there."""
+    """Refuse encrypted keys. Otherwise OpenSSL would ask for the password at the terminal, and a server would wait."""
     raise ValueError("the key is encrypted: store it without a password in a file that only its user can read")
 
 

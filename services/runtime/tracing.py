@@ -1,4 +1,4 @@
-"""Traces: the W3C trace context of a request, and spans of what is done for it.
+"""Traces: the W3C trace context of a request, and spans for the steps of handling it.
 
 The context travels as the text of a `traceparent` header: from the HTTP request through `TRACEPARENT` to other gateways
 and into the headers of records, where projectors find it. Without spans it is only passed on.
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 TRACEPARENT: ContextVar[str | None] = ContextVar("traceparent", default=None)
-"""The span, or the sender's, that this task works for; None outside of a trace."""
+"""The `traceparent` of the span that this task works for, or of the sender's; None outside of a trace."""
 
 _FORM = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 EXPORTERS = ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "opentelemetry.sdk._shared_internal")
-"""The loggers of what sends spans."""
+"""The loggers of the code that sends spans."""
 
 _END_SECONDS = 5.0
-"""How long a process that ends waits for its last spans to be sent."""
+"""How long a process waits at its end for its last spans to be sent."""
 
 Kind = Literal["internal", "server", "client", "producer", "consumer"]
 Attributes = Mapping[str, str | int]
@@ -59,7 +59,7 @@ class Span:
         context = span.get_span_context()
         self._span = span
         self.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
-        """What makes other spans its children."""
+        """The context that makes other spans children of this one."""
 
     def end(
         self,
@@ -69,7 +69,7 @@ class Span:
         error: str | None = None,
         at: int | None = None,
     ) -> None:
-        """End it now, or at `at` (ns since 1970). `error` is the type of the error that it failed with."""
+        """End the span now, or at `at` (ns since 1970). `error` is the type of the error that it failed with."""
         if not self._span.is_recording():
             return
         if name is not None:
@@ -85,7 +85,7 @@ class Span:
 
 
 class Tracer:
-    """Makes spans. For any thread; does not block. Spans that cannot be sent as fast as they come are dropped."""
+    """Makes spans. For any thread; does not block. If spans come faster than they can be sent, some are dropped."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace import SpanKind
@@ -106,7 +106,7 @@ class Tracer:
         *,
         since: int | None = None,
     ) -> Span:
-        """Begin a span now, or at `since` (ns since 1970), below the span of that `traceparent` or a new trace."""
+        """Begin a span now, or at `since` (ns since 1970), as a child of the `traceparent` in `parent` or as a root."""
         from opentelemetry.context import Context
 
         above = Context() if parent is None else self._extract({"traceparent": parent}, Context())
@@ -118,7 +118,7 @@ class Tracer:
 
     @contextmanager
     def step(self, name: str, kind: Kind = "internal", attributes: Attributes | None = None) -> Iterator[None]:
-        """A span around the block, and `TRACEPARENT` within it. Outside of a trace there is none."""
+        """A span around the block, which `TRACEPARENT` names within it. Outside of a trace, no span is made."""
         parent = TRACEPARENT.get()
         if parent is None:
             yield
@@ -135,42 +135,42 @@ class Tracer:
             span.end(error=error)
 
     async def around(self, name: str, work: Awaitable[_T]) -> _T:
-        """As `step`, around what is awaited."""
+        """As `step`, around an awaitable."""
         with self.step(name):
             return await work
 
 
 tracer: Tracer | None = None
-"""Makes this process's spans; None while there are to be none. Read it each time: `exporting` sets it."""
+"""Makes this process's spans; None if none are wanted. Read it at each use, because `exporting` sets it."""
 
 
 def traced(name: str, work: Awaitable[_T]) -> Awaitable[_T]:
-    """The same work, with a span around it if there are to be spans."""
+    """The same work, with a span around it if spans are wanted."""
     return work if tracer is None else tracer.around(name, work)
 
 
 def server_of(url: str) -> Attributes:
-    """Whom a request to this URL asks, as attributes of its span."""
+    """The server in this URL, as attributes of a request's span."""
     found = urlsplit(url)
     port = found.port or (443 if found.scheme == "https" else 80)
     return {"server.address": found.hostname or "", "server.port": port}
 
 
 def sampled(parent: str) -> bool:
-    """Whether this is the context of a trace that is recorded."""
+    """Whether this `traceparent` belongs to a trace that is recorded."""
     return _FORM.fullmatch(parent) is not None and int(parent[-2:], 16) & 1 == 1
 
 
 def since_1970(moment: float) -> int:
-    """A moment of `time.monotonic` (s) as ns since 1970, by the clock as it is now."""
+    """Convert a time of `time.monotonic` (s) to ns since 1970, by the system's present clock."""
     return time.time_ns() - int((time.monotonic() - moment) * 1e9)
 
 
 @contextmanager
 def exporting(service: str) -> Iterator[None]:
-    """Within the block, make spans if the environment says where they go; `service` unless it names the service.
+    """Within the block, make spans if the environment says where to send them. `service` is the default service name.
 
-    Leaving blocks until the last ones are sent, for a few seconds at most.
+    Leaving the block waits until the last spans are sent, for a few seconds at most.
     """
     global tracer
     provider = _provider(service) if _wanted() else None
@@ -182,14 +182,14 @@ def exporting(service: str) -> Iterator[None]:
         yield
     finally:
         tracer = None
-        # A collector that does not answer would hold the process up for as long as the SDK tries it.
+        # A collector that does not answer would delay the process for as long as the SDK keeps trying.
         last = Thread(target=provider.shutdown, daemon=True)
         last.start()
         last.join(_END_SECONDS)
 
 
 def _wanted() -> bool:
-    """Whether the environment names a destination. Unlike the SDK, a process names none by itself."""
+    """Whether the environment names a destination for spans. Unlike the SDK, there is no default destination."""
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
@@ -201,7 +201,7 @@ def _wanted() -> bool:
 
 
 def _provider(service: str) -> TracerProvider | None:
-    """The SDK as `OTEL_*` configures it; None, with a line in the log, when it cannot be had."""
+    """The SDK's tracer provider as `OTEL_*` configures it; None, with a log line, if that fails."""
     name = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
     protocol = os.environ.get(name) or os.environ.get(name := "OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
     if protocol != "http/protobuf":
@@ -217,7 +217,7 @@ def _provider(service: str) -> TracerProvider | None:
             "OTEL_* variables ask for traces, but OpenTelemetry is not installed: pip install 'artifact-store[traces]'"
         )
         return None
-    from services.runtime.metrics import release  # the command line's help must not load what that loads
+    from services.runtime.metrics import release  # here, so that the command line's help need not load it
 
     quiet = _Quiet()
     for logger in EXPORTERS:
@@ -236,7 +236,7 @@ def _provider(service: str) -> TracerProvider | None:
 
 
 class _Quiet(logging.Filter):
-    """Makes errors of the exporter warnings without tracebacks, one of a kind a minute: no event depends on them."""
+    """Turns the exporter's errors into warnings without tracebacks, one of each kind a minute: they lose no event."""
 
     def __init__(self) -> None:
         super().__init__()
