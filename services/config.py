@@ -1,7 +1,7 @@
 """Settings: environment, a named file, or keyword arguments; an unknown `ARTIFACT_STORE_*` name is an error.
 
-Settings decide where secrets go and whom a server trusts. So a file `.env` that merely lies in the current folder is
-never read: a package that was pulled, or an archive that was unpacked, may have brought it.
+Settings decide where secrets go and whom a server trusts. So a file `.env` in the current folder is never read unless
+it is named: it may have come with a package that was pulled or an archive that was unpacked.
 
 A setting is declared once, as a field of `Settings`: its type, default, limits and description. The environment
 variable, the flag of the command line and the row in docs/settings.md (`make docs`) all come from there.
@@ -56,11 +56,11 @@ def setting(
     """Declare a setting.
 
     Args:
-        default: what it is when nobody sets it, as text or as a value.
-        read: makes the value from text, or takes one as it is; raises ValueError, which must not show the text.
-        description: one sentence for users.
-        secret: whether this text of it is, or contains, something secret; None for a setting that never does. `repr`
-            leaves the setting out, and a flag, which other users can see, must not hold such a text.
+        default: the value if nobody sets it, or a text for `read`.
+        read: converts a text to the value, and returns a value unchanged; raises ValueError without the text in it.
+        description: one or more sentences for users.
+        secret: whether a given text is secret or contains a secret; None for a setting that never does. `repr` leaves
+            such a setting out, and a flag with such a text is refused, because other users can see it.
     """
     about = {"read": read, "description": description, "secret": secret}
     declared: Value = field(default=default, repr=secret is None, metadata=about)
@@ -113,7 +113,7 @@ def whole(least: int, most: int = sys.maxsize) -> Callable[[Any], int]:
 
 
 def header_text(value: Any) -> str:
-    """Read text that is sent in a header, without the newline that a file with a secret usually ends in."""
+    """Read text that is sent in a header. Removes the newline at the end that files with secrets usually have."""
     stripped = text(value).strip()
     if not stripped.isprintable():
         raise ValueError("it holds a character that cannot be sent")
@@ -183,7 +183,7 @@ def address(value: Any) -> ListenAddress:
 
 
 PLAINTEXT = frozenset({"kafka", "s3", "postgresql", "schema-registry"})
-"""What can be talked to without TLS beyond loopback."""
+"""The services that may be reached on other machines without TLS."""
 
 
 def services_of(value: Any) -> tuple[str, ...]:
@@ -196,9 +196,9 @@ def services_of(value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, init=False)
 class Settings:
-    """Everything that can be set. Each field is `ARTIFACT_STORE_` plus its name in upper case in the environment.
+    """All settings. The environment variable of a field is `ARTIFACT_STORE_` and its name in upper case.
 
-    Keyword arguments take the names without the prefix and read no environment; `from_env` reads it.
+    The constructor takes the fields as keyword arguments and ignores the environment; `from_env` reads it.
     `dataclasses.replace` makes a changed copy.
     """
 
@@ -361,7 +361,7 @@ class Settings:
     )
 
     def __init__(self, **values: Any) -> None:
-        """Raises ConfigurationError naming every value that is unknown or breaks its rule; never the value."""
+        """Raises ConfigurationError, which names every unknown setting and every invalid one, without its value."""
         wrong = [f"{PREFIX}{name.upper()}: there is no such setting" for name in values.keys() - declarations().keys()]
         for name, declared in declarations().items():
             value = values.get(name, declared.default)
@@ -379,9 +379,9 @@ class Settings:
         """Read the file that `env_file` names, then the environment, then `overrides` (None is skipped); last one wins.
 
         Raises:
-            ConfigurationError: an unknown `ARTIFACT_STORE_*` name, or a value that breaks its rule. The named file
-                cannot be read, others may write it, or it is not lines of NAME=VALUE. No file is named, and `.env` in
-                the current folder has settings.
+            ConfigurationError: an unknown `ARTIFACT_STORE_*` name, or an invalid value. The named file cannot be read,
+                others may write it, or it has lines other than NAME=VALUE. No file is named, but `.env` in the current
+                folder has settings.
         """
         named = overrides.get("env_file") or os.environ.get(_ENV_FILE)
         if not named:
@@ -396,7 +396,7 @@ class Settings:
         return cls(**values)
 
     def certificates(self) -> dict[str, Path]:
-        """The files of certificates that are set, of authorities too, by the name of the setting."""
+        """The files of certificates and of authorities that are set, by the name of the setting."""
         names = ("tls_cert", "tls_client_ca", "peer_cert", "peer_ca", "ca")
         found = {f"{PREFIX}{name.upper()}": path for name in names if (path := getattr(self, name)) is not None}
         for name in ("ssl.certificate.location", "ssl.ca.location"):
@@ -405,9 +405,10 @@ class Settings:
         return found
 
     def environment(self) -> dict[str, str]:
-        """The environment variables that stand for these settings, secrets included: for a process of our own.
+        """These settings as environment variables, including secrets, for a child process.
 
-        That process reads no file: these are all settings, and a pipe can be read only once.
+        The child reads no settings file: the variables contain everything, and a file that is a pipe can be read only
+        once.
         """
         found = {}
         for name in declarations():
@@ -424,12 +425,12 @@ class Settings:
 
 
 def declarations() -> dict[str, Field[Any]]:
-    """Every setting as it is declared, by its name; `metadata` has its `read`, `description` and `secret`."""
+    """The declarations of all settings, by name; `metadata` has `read`, `description` and `secret`."""
     return {declared.name: declared for declared in fields(Settings)}
 
 
 def _of_file(path: Path) -> dict[str, str]:
-    """The names and values of the file, as they stand there."""
+    """The names and values in the file, as texts. Raises ConfigurationError."""
     from dotenv.parser import parse_stream
 
     try:
@@ -457,7 +458,7 @@ def _of_file(path: Path) -> dict[str, str]:
 
 
 def _refuse_unnamed(path: Path) -> None:
-    """Raises ConfigurationError when a file that nobody named has settings: its owner may think that they hold."""
+    """Raise ConfigurationError if a file that nobody named has settings: its owner may think that they are used."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     except OSError:
@@ -475,13 +476,13 @@ def _refuse_unnamed(path: Path) -> None:
 
 
 def _number(line: Binding) -> int:
-    """That of the line in its file, from 1; blank ones before it belong to it for the parser."""
+    """The line's number in its file, from 1. The parser counts blank lines before it as part of it."""
     text = line.original.string
     return line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
 
 
 def table() -> str:
-    """docs/settings.md."""
+    """The text of docs/settings.md."""
     rows, secret = "", []
     for name, declared in declarations().items():
         rows += f"| `{PREFIX}{name.upper()}` | {_shown(declared.default)} | {declared.metadata['description']} |\n"

@@ -1,4 +1,4 @@
-"""Wiring: the only place where adapters are chosen, from the URLs in the settings."""
+"""Wiring: the only place that chooses adapters, by the URLs in the settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _FORMS = "sqlite:///PATH or kafka://host:port[,host:port]/PREFIX"
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Everything that a gateway works with; what `parts` opened, it closes."""
+    """Everything that a gateway works with. `parts` opens and closes it."""
 
     settings: Settings
     log: Log
@@ -59,12 +59,12 @@ class Parts:
     views: Views
     registry: DirectRegistry
     metrics: CollectorRegistry
-    """Where parts show what they count."""
+    """The registry in which the parts show their metrics."""
     audit: Audit
 
 
 def limits_of(settings: Settings) -> Limits:
-    """The limits that `decide` checks."""
+    """The limits that `decide` enforces."""
     return Limits(
         max_file_bytes=settings.max_file_bytes,
         max_files_per_package=settings.max_files_per_package,
@@ -73,15 +73,15 @@ def limits_of(settings: Settings) -> Limits:
 
 
 def is_embedded(settings: Settings) -> bool:
-    """Whether the log is a file of this machine. Raises ConfigurationError when the log URL has no known form."""
-    scheme = settings.log_url.partition("://")[0]  # a list of brokers is no URL that a library reads
+    """Whether the log is a file on this machine. Raises ConfigurationError if the log URL has no known form."""
+    scheme = settings.log_url.partition("://")[0]  # URL libraries cannot parse a list of brokers
     if scheme not in ("sqlite", "kafka"):
         raise ConfigurationError(f"ARTIFACT_STORE_LOG_URL has no known form; accepted are {_FORMS}")
     return scheme == "sqlite"
 
 
 def open_log(settings: Settings) -> Log:
-    """The log that `settings.log_url` names. Connects to nothing yet. Raises ConfigurationError."""
+    """The log that `settings.log_url` names. Does not connect yet. Raises ConfigurationError."""
     if is_embedded(settings):
         from services.log.sqlite import SqliteLog
 
@@ -98,7 +98,7 @@ def open_log(settings: Settings) -> Log:
 
 
 def open_filler(settings: Settings, log: Log) -> LogFiller:
-    """What fills `log`, which `open_log` opened by the same settings, with records from elsewhere."""
+    """The filler that copies records from elsewhere into `log`, which `open_log` opened with the same settings."""
     if is_embedded(settings):
         from services.log.sqlite import SqliteFiller
 
@@ -113,7 +113,7 @@ def open_filler(settings: Settings, log: Log) -> LogFiller:
 def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
     """The blob store that `settings.blobs_url` names; its clock is compared with `clock`.
 
-    Connects to nothing yet. Raises ConfigurationError.
+    Does not connect yet. Raises ConfigurationError.
     """
     from services.blobs import open as blobs
 
@@ -125,9 +125,10 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
 
 
 def open_views(settings: Settings) -> Views:
-    """The views that `settings.views_url` names. Connects to nothing yet. Raises ConfigurationError.
+    """The views that `settings.views_url` names. Does not connect yet. Raises ConfigurationError.
 
-    Also when that is the log's file: the views would write to it beside the log's lock (see `write_lock`).
+    It is also raised if the URL names the log's file: the views would write to it without the log's lock (see
+    `write_lock`).
     """
     from services.views.database import Views
 
@@ -158,12 +159,12 @@ async def open_writer(
     audit: Audit | None = None,
     checks: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
 ) -> AsyncIterator[CommandWriter]:
-    """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener.
+    """The log's writer, started. With Kafka, it is a member of the group of writers, with its internal listener.
 
-    `snapshots` is where a Kafka writer leaves copies of its state, and finds one when it has none; while its clock
-    differs much from that of `times` it writes nothing. In `metrics` it shows what it does, and in `audit` what the
-    internal listener refused and what operators confirmed. With `checks`, of `blobs` and `views`, it
-    tells operators how its process is.
+    A Kafka writer stores snapshots of its state in `snapshots`, and restores from them if it has no state. It writes
+    nothing while its clock differs much from that of `times`. It shows its metrics in `metrics`, and records in `audit`
+    what the internal listener refused and what operators confirmed. It runs `checks`, of `blobs` and `views`, to report
+    the state of its process to operators.
     """
     if is_embedded(settings):
         from services.log.sqlite import SqliteWriter
@@ -177,7 +178,7 @@ async def open_writer(
         finally:
             await writer.close()
         return
-    from ingest_gateway.peers.membership import kafka_writer  # a gateway's: the listener for forwarded commands is HTTP
+    from ingest_gateway.peers.membership import kafka_writer  # in the gateway, because commands are forwarded over HTTP
 
     async with kafka_writer(
         settings,
@@ -198,9 +199,9 @@ async def open_writer(
 async def parts(
     settings: Settings, *, clock: Clock = system_clock, metrics: CollectorRegistry | None = None
 ) -> AsyncIterator[Parts]:
-    """Open every part and the registry on them. The embedded parts are created when they are missing.
+    """Open every part and the registry on them. Creates the embedded parts if they are missing.
 
-    What they do is shown in `metrics`, by default in a registry of their own.
+    They show their metrics in `metrics`, by default a new registry.
 
     Raises:
         ConfigurationError: settings that cannot work. UnavailableError: an embedded part cannot be opened.
@@ -231,10 +232,10 @@ async def parts(
             except UnavailableError as error:
                 if views.dialect == "sqlite":
                     raise
-                # A database of its own may be away: writes need none, and reads say what is wrong.
+                # A separate database may be down: writes do not need it, and reads report the error.
                 _log.warning("the views cannot be reached: %s", error.detail)
 
-        # Clients that send slowly hold memory and connections of the other one: a manifest must not wait for them.
+        # Slow clients hold memory and connections of the other blob store client: manifests must not wait for them.
         manifests = open_blobs(settings)
         stack.push_async_callback(manifests.close)
 
@@ -244,7 +245,7 @@ async def parts(
             await manifests.store(from_any(manifest), declared=declared, max_bytes=len(manifest))
 
         async def freshen(view: str) -> None:
-            """Bring the view that is read up to the log; whoever folds an event brings the other views along."""
+            """Bring this view up to the log's end. If that folds any event, bring up the other views too."""
             if await catch_up(views, log, PROJECTIONS[view]):
                 await catch_up_all()
 
@@ -282,7 +283,7 @@ async def parts(
             try:
                 await catch_up_all()
             except ArtifactStoreError as error:
-                # What was written is in the log for good; a view that cannot follow shows at its next read.
+                # The written events are durable in the log. If a view cannot follow, its next read reports that.
                 _log.warning("the views were not brought up to the log: %s", error.detail)
 
 
@@ -301,11 +302,11 @@ def _sqlite_path(settings: Settings) -> Path:
     path = settings.log_url.removeprefix(_SQLITE)
     if not settings.log_url.startswith(_SQLITE) or not path or "?" in path:
         raise ConfigurationError(f"ARTIFACT_STORE_LOG_URL has no known form; accepted are {_FORMS}")
-    return Path(os.path.realpath(path))  # locks lie beside the file itself, by whatever link it is reached
+    return Path(os.path.realpath(path))  # locks lie beside the file itself, even if it is reached by a link
 
 
 def _upload_key(settings: Settings) -> bytes | None:
-    """What states of resumable uploads are signed with; None when the settings have no key for that."""
+    """The key that signs the states of resumable uploads; None if the settings have none."""
     if settings.state_key is None:
         return None
     from blake3 import blake3
@@ -335,12 +336,12 @@ def _kafka_is_private(settings: Settings) -> bool:
 
 
 def _is_private(url: str, plain: str = "http:") -> bool:
-    """Whether nobody between can read what is sent to the URL: it names this machine, or does not begin in `plain`."""
+    """Whether traffic to the URL cannot be read on the way: it names this machine, or does not begin with `plain`."""
     return not url.startswith(plain) or _is_near(url)
 
 
 def _is_near(url: str) -> bool:
-    """Whether the URL names this machine. One that cannot be read is refused elsewhere."""
+    """Whether the URL names this machine. True for a URL that cannot be parsed, which is refused elsewhere."""
     try:
         return is_loopback(urlsplit(url).hostname or "localhost")
     except ValueError:
