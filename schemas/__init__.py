@@ -1,5 +1,5 @@
 """The language of the log: Avro schemas of the event types, their codec, digests, identifiers and Kafka headers.
 
-The events themselves are plain dataclasses, in `artifact_store.events`. No I/O but reading the packaged `.avsc` files.
-Imports nothing else of this project but the modules of `artifact_store` that do no I/O. Start reading at `codec.py`.
+The events themselves are plain dataclasses in `artifact_store.events`. The only I/O is reading the packaged `.avsc`
+files. Of this project, it imports only those modules of `artifact_store` that do no I/O. Begin with `codec`.
 """

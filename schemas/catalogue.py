@@ -27,7 +27,7 @@ little-endian, as they stand in the value.
 
 
 def catalogue() -> str:
-    """The whole document."""
+    """The text of docs/events.md."""
     events = (line for event_type in EVENT_TYPES for line in _event(event_type))
     return "\n".join([_INTRODUCTION + "\n".join(map(_fingerprint, EVENT_TYPES)), "", *events])
 

@@ -1,11 +1,11 @@
 """The codec: events to bytes and back, in Avro single-object encoding.
 
 A record's value begins with C3 01 and the little-endian CRC-64-AVRO fingerprint of the writer's schema in Parsing
-Canonical Form (Avro 1.12 specification, "Single-object encoding"). A topic may hold another framing, which is exchanged
-for this one where records come from it (`services.log.kafka.schema_registry`).
+Canonical Form (Avro 1.12 specification, "Single-object encoding"). A topic may have another framing, which is converted
+to this one where its records are read (`services.log.kafka.schema_registry`).
 
 A new version of an event is a new schema file with an entry in `_DECODERS` and one in `UPCASTERS`; old bytes are never
-rewritten. Version 2 of a type names a principal beside the actor; version 1 reads as an event without one.
+rewritten. Version 2 of a type adds the principal to the actor; version 1 is read as an event without a principal.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from artifact_store.events import (
 )
 
 SINGLE_OBJECT = b"\xc3\x01"
-"""What every record value begins with; the fingerprint of its schema follows."""
+"""The first bytes of every record value; the fingerprint of its schema follows."""
 
 HEAD_BYTES = 10
-"""How long both are together: the Avro record follows."""
+"""The length of both together; the Avro record follows."""
 
 
 class UndecodableEventError(ValueError):
-    """The bytes are no event that this version can read. The text says why; it does not hold the bytes."""
+    """The bytes are not an event that this version can read. The text says why, and does not contain the bytes."""
 
 
 @dataclass(slots=True)
 class EncodedEvents:
-    """Events of one package as they are appended, one after the other: ids as text, record values, chain digests.
+    """Consecutive events of one package, ready to be appended: ids as text, record values, chain digests.
 
-    In columns, because an object for each event would cost as much as a digest of it.
+    Stored in columns, because an object for each event would cost as much as its digest.
     """
 
     first_sequence: int
@@ -66,7 +66,7 @@ class EncodedEvents:
 
 
 def schema_text(event_type: str) -> str:
-    """The `.avsc` file of an event type, as it is released."""
+    """The text of the released `.avsc` file of an event type."""
     return files("schemas").joinpath(f"{event_type}.avsc").read_text(encoding="utf-8")
 
 
@@ -80,17 +80,17 @@ def encode(event: Event) -> bytes:
 
 
 def framing(event_type: str) -> bytes:
-    """What the value of a record of this event type begins with, before the Avro record."""
+    """The first HEAD_BYTES of the record values of this event type, before the Avro record."""
     return _WRITERS[event_type][1]
 
 
 def schema_fingerprint(event_type: str) -> bytes:
-    """The 8-byte fingerprint of the schema that events of this type are written with, as records carry it."""
+    """The 8-byte fingerprint of this event type's schema, in the byte order of record values."""
     return fingerprint_of(framing(event_type))
 
 
 def fingerprint_of(value: bytes) -> bytes:
-    """The 8-byte fingerprint in a record value, of the schema that it was written with."""
+    """The 8-byte fingerprint in a record value, which names the schema that it was written with."""
     return value[len(SINGLE_OBJECT) : HEAD_BYTES]
 
 
@@ -120,7 +120,7 @@ def decode(value: bytes) -> Event:
         raise UndecodableEventError("bytes follow the event")
     if event.event_type != event_type:
         raise UndecodableEventError(f"the event does not have the type {event_type} of its schema")
-    if _holds_nul(record):  # no writer takes one; PostgreSQL would refuse it, SQLite keep it
+    if _holds_nul(record):  # writers never accept one; PostgreSQL would refuse it, SQLite would store it
         raise UndecodableEventError("a text holds a NUL character")
     return event
 
@@ -144,7 +144,7 @@ def _to_record(event: Event) -> dict[str, Any]:
 
 
 def _add(record: dict[str, Any], path: str, value: Any) -> None:
-    """Give an event of an earlier version a field of a later one; `path` as in `UPCASTERS`."""
+    """Add a field of a later version to an event of an earlier one; `path` is as in `UPCASTERS`."""
     *outer, name = path.split(".")
     for part in outer:
         record = record[part]
@@ -170,7 +170,7 @@ def _to_event(record: Mapping[str, Any], payload: Payload) -> Event:
 
 
 def _holds_nul(record: Mapping[str, Any]) -> bool:
-    """Whether a text in the record, or in a record within, does."""
+    """Whether a text in the record, or in a nested record, contains NUL."""
     for value in record.values():
         kind = type(value)
         if (kind is str and "\0" in value) or (kind is dict and _holds_nul(value)):
@@ -217,7 +217,7 @@ def _loss_accepted(record: Mapping[str, Any]) -> Payload:
 
 
 def _without_logical_types(schema: Any) -> Any:
-    """Logical types do not change the bytes; without them the codec moves text and integers, which is twice as fast."""
+    """The schema without logical types. The bytes are the same, but coding plain text and integers is twice as fast."""
     match schema:
         case dict():
             return {k: _without_logical_types(v) for k, v in schema.items() if k != "logicalType"}
@@ -242,8 +242,8 @@ UPCASTERS: dict[str, dict[str, Any]] = {
     DELEGATED_FILE_INGESTED: {"principal": None},
     DELEGATED_PACKAGE_FINALIZED: {"principal": None},
 }
-"""By type, the fields that this version added to the one before it (`payload.NAME` for one of the payload), each with
-the value that events of earlier versions stand for.
+"""By type, the fields that this version added to the previous one (`payload.NAME` for one of the payload), each with
+the value that an event of an earlier version gets.
 """
 
 EVENT_TYPES = tuple(_DECODERS)
@@ -257,7 +257,7 @@ def kind_and_version(event_type: str) -> tuple[str, int]:
 
 
 def _later(event_type: str) -> list[tuple[str, Any]]:
-    """What `UPCASTERS` adds in the versions after this one, the next version first."""
+    """The fields that `UPCASTERS` adds in the versions after this one, next version first."""
     kind, version = kind_and_version(event_type)
     later = sorted((v, t) for t in UPCASTERS for k, v in [kind_and_version(t)] if k == kind and v > version)
     return [field for _, each in later for field in UPCASTERS[each].items()]

@@ -1,4 +1,4 @@
-"""Digests: of a payload, and of an event in its package's chain."""
+"""Digests of payloads, of events in their package's chain, and of records."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ DIGEST_BYTES = 32
 def payload_digest(payload: PackageCreated | FileIngested | AdministrativePayload) -> bytes:
     """BLAKE3 over the payload in canonical CBOR (32 bytes).
 
-    A map of the payload's fields by their names: identifiers and metadata as text, digests as byte strings, timestamps
-    as integer µs, absent optionals as null. The payload of `v1.package.finalized` is the manifest: digest its bytes.
+    The CBOR is a map of the payload's fields by name: identifiers and metadata as text, digests as byte strings,
+    timestamps as integer µs, absent optionals as null. The payload of `v1.package.finalized` is the manifest: digest
+    its bytes instead.
     """
     return blake3(ordered_cbor(payload_map(payload))).digest()
 
@@ -55,27 +56,27 @@ def chain_digest(
     previous_digest: bytes,
     principal: str | None = None,
 ) -> bytes:
-    """BLAKE3 over the canonical CBOR array of these values, in this order, a principal after the actor (32 bytes)."""
+    """BLAKE3 over the canonical CBOR array of these values, in this order; a principal follows the actor (32 bytes)."""
     who = [actor] if principal is None else [actor, principal]
     link = [event_type, package_id, sequence, created_at, *who, command_id, payload_digest, previous_digest]
     return blake3(ordered_cbor(link)).digest()
 
 
 def items_digest(items: Iterable[bytes]) -> bytes:
-    """BLAKE3 over files' items in a manifest, which say everything that a producer said of the files (32 bytes)."""
+    """BLAKE3 over files' items in a manifest, which have everything that a producer said of the files (32 bytes)."""
     return blake3(b"".join(items)).digest()
 
 
 def record_digest(key: bytes, value: bytes) -> bytes:
-    """By what a record is recognised that is no event (32 bytes): BLAKE3 over the canonical CBOR array of both.
+    """The digest that identifies a record, even if it is not an event: BLAKE3 over the canonical CBOR array of both.
 
-    An absent key or value counts as an empty one.
+    32 bytes. An absent key or value counts as an empty one.
     """
     return blake3(ordered_cbor([key, value])).digest()
 
 
 def payload_digest_holds(event: Event) -> bool | None:
-    """Whether `payload_digest` is that of the payload; None for a manifest by claim check, which is not at hand."""
+    """Whether `payload_digest` is that of the payload; None if the event has only a claim check for its manifest."""
     if isinstance(event.payload, PackageFinalized):
         if event.payload.manifest is None:
             return None

@@ -1,6 +1,6 @@
 """Kafka record headers, by which a consumer can route, skip or recognise an event without decoding it.
 
-`ce_*` and `content-type` are CloudEvents 1.0, Kafka protocol binding, binary mode; the rest are this project's own.
+`ce_*` and `content-type` follow CloudEvents 1.0 (Kafka protocol binding, binary mode); the others are this project's.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ _SCHEMA = "urn:artifact-store:schema:"
 
 
 Headers = dict[str, str | bytes | None]
-"""By name, in a fixed order; typed as the Kafka client has them, the values are bytes."""
+"""Headers by name, in a fixed order. The type is the Kafka client's; the values are always bytes."""
 
 
 def headers(event: Event, log: UUID, created: PackageCreated | None, traceparent: str | None = None) -> Headers:
-    """The headers of the event's record; `traceparent` as W3C Trace Context has it. See `headers_all`."""
+    """The headers of the event's record. `traceparent` is in the form of W3C Trace Context. See `headers_all`."""
     return next(headers_all([event], log, created, [traceparent]))
 
 
 def headers_all(
     events: Sequence[Event], log: UUID, created: PackageCreated | None, traceparents: Sequence[str | None]
 ) -> Iterator[Headers]:
-    """The headers of each event's record: one mapping, which changes with the next event. A trace for each command.
+    """The headers of each event's record. The same mapping is yielded each time, and changes with the next event.
 
-    The events are of one package and time, and of one type in any version. `log` is the log's identity. `created` is
-    what the package was created as; None for administrative events, which have no package.
+    The events must have one package, one time, and one type in any version. `log` is the log's identity. `created` is
+    the payload of the package's creation; None for administrative events, which have no package. `traceparents` has an
+    entry for each command.
     """
     shared = first_of(events)
     found: Headers = {
@@ -73,7 +74,7 @@ def headers_all(
 
 
 def source(log: UUID) -> str:
-    """The URN of the log of this identity, by which events of different installations are told apart."""
+    """The URN of the log with this identity, which distinguishes events of different installations."""
     return f"{_SOURCE}{log}"
 
 
@@ -84,13 +85,13 @@ def event_version(event_type: str) -> str:
 
 @lru_cache(64)
 def dataschema(event_type: str) -> str:
-    """The URN of the schema that events of this type are written with: it ends with the fingerprint in hex."""
+    """The URN of this event type's schema, which ends with its fingerprint in hex."""
     return f"{_SCHEMA}{schema_fingerprint(event_type).hex()}"
 
 
 @lru_cache(64)
 def _of_type(event_type: str, principal: str | None) -> Headers:
-    """The headers that follow from the type that an event with this principal has. Do not change them."""
+    """The headers that follow from the type of an event with this principal. Do not change the cached mapping."""
     event_type = type_with(event_type, principal)
     return {
         "event_type": event_type.encode(),
@@ -102,7 +103,7 @@ def _of_type(event_type: str, principal: str | None) -> Headers:
 
 @lru_cache(8)
 def _rfc3339(micros: int) -> bytes:
-    """As `datetime.isoformat` has it: without a fraction in the whole second. Events of one batch have one time."""
+    """As `datetime.isoformat`, without a fraction for a whole second. Cached, because a batch has one time."""
     second, fraction = divmod(micros, 1_000_000)
     return (f"{_whole_second(second)}.{fraction:06}Z" if fraction else f"{_whole_second(second)}Z").encode()
 

@@ -1,9 +1,9 @@
 """Many events at once: the place where the log's language is fast.
 
-Nearly every event is one of a file, and they come by the thousand. For those, this module does what `codec`, `digests`
+Nearly all events are those of files, and they come by the thousand. For them, this module does what `codec`, `digests`
 and `identifiers` do for any event, in a third to a fifth of the time. Writers make a `FileRun` of a command's files and
-give it to `encode_all`; `file_ids` names the files in answers; readers of many events use `read_entry`. Property tests
-hold all of it to the plain way: the same events, bytes, digests and identifiers.
+pass it to `encode_all`; `file_ids` gives the ids of an answer's files; readers of many events use `read_entry`.
+Property tests check that all of it gives the same events, bytes, digests and identifiers as the plain functions.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from schemas.digests import DIGEST_BYTES, event_digest
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file whose bytes are durable and verified: `length` bytes from `offset` of `key`, `stored_at` in µs since 1970.
+    """A file whose bytes are durable and verified: `length` bytes at `offset` in `key`.
 
-    Digests are 32 raw bytes.
+    Digests are 32 raw bytes; `stored_at` is in µs since 1970.
     """
 
     relative_path: str
@@ -55,32 +55,32 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class CommandFiles:
-    """Files of one command, which are number `command_index` and so on of `command_count`."""
+    """Consecutive events of one command, from number `command_index` of `command_count`, and the files in them."""
 
     command_id: UUID
     actor: str
     command_index: int
     command_count: int
     files: Sequence[StoredFile]
-    """None of a command that became another event."""
+    """Empty if the command's event is of another type."""
     principal: str | None = None
-    """See `Event`: with one, the events are of version 2."""
+    """See `Event`: with a principal, the events have version 2."""
 
     def __len__(self) -> int:
-        """How many events they are."""
+        """The number of events."""
         return len(self.files) or 1
 
 
 @dataclass(frozen=True, slots=True)
 class FileRun(Sequence[Event]):
-    """File events of one package that follow each other: a sequence of events that is also one event-like value.
+    """Consecutive file events of one package: a sequence of events that can also be used like one event.
 
     `sequence` and `previous_digest` are those of the first event. Columns have an entry for each event: identifiers as
-    ASCII text, digests as 32 raw bytes; `digests` are what the next event has for `previous_digest`.
+    ASCII text, digests as 32 raw bytes. `digests` has each event's own digest, the next one's `previous_digest`.
     """
 
     event_type: ClassVar[str] = FILE_INGESTED
-    """In version 1; each command says which version its events have."""
+    """The type in version 1; each command tells the version of its events."""
 
     package_id: UUID
     sequence: int
@@ -97,9 +97,10 @@ class FileRun(Sequence[Event]):
     def of_files(
         cls, package_id: UUID, commands: Sequence[CommandFiles], *, sequence: int, created_at: int, previous: bytes
     ) -> Self:
-        """The events that ingest these files. Raises ValueError for a text with a surrogate, or a number no CBOR has.
+        """The events that ingest these files. Raises ValueError for a text with a surrogate or a number beyond CBOR's.
 
-        `sequence` is that of the first one, `previous` its `previous_digest`, `created_at` (µs since 1970) all have.
+        `sequence` and `previous`, the `previous_digest`, are those of the first event; all have the same `created_at`
+        (µs since 1970).
         """
         files = [file for command in commands for file in command.files]
         identifiers = _identifiers(package_id, sequence, files)
@@ -109,7 +110,7 @@ class FileRun(Sequence[Event]):
 
     @classmethod
     def of(cls, event: Event, file: FileIngested) -> Self:
-        """An event whose payload is `file` as a run of its own."""
+        """A run of only this event, whose payload is `file`."""
         receipt = file.receipt
         stored = StoredFile(
             file.relative_path,
@@ -190,12 +191,12 @@ class FileRun(Sequence[Event]):
 
 
 def first_of(events: Sequence[Event]) -> Event | FileRun:
-    """What says of the first event what `Event` says; of a run without making that event."""
+    """The first event, or the run itself, which has the attributes of its first event without making an object."""
     return events if isinstance(events, FileRun) else events[0]
 
 
 def commands_of(events: Event | Sequence[Event]) -> Sequence[CommandFiles]:
-    """The commands that the events are of, in their order."""
+    """The commands of the events, in order."""
     if isinstance(events, FileRun):
         return events.commands
     return [_part_of(event, ()) for event in ([events] if isinstance(events, Event) else events)]
@@ -207,7 +208,7 @@ def _part_of(event: Event, files: Sequence[StoredFile]) -> CommandFiles:
 
 
 def encode_all(events: Sequence[Event]) -> list[bytes]:
-    """The events' record values, as `encode` gives each. Raises ValueError for what no record can hold."""
+    """The events' record values, each as `encode` gives it. Raises ValueError for a value that no record can hold."""
     return _encode(events) if isinstance(events, FileRun) else [encode(event) for event in events]
 
 
@@ -218,7 +219,7 @@ _DIGEST = _DIGEST_HEAD + _PIECE
 
 
 def _map(**values: bytes) -> bytes:
-    """The template of a CBOR map, in canonical order: the order in which the pieces are to be given."""
+    """The template of a CBOR map in canonical order, which is also the order of the pieces to fill in."""
     keys = sorted((cbor_text(key.encode()), value) for key, value in values.items())
     return bytes([0xA0 + len(keys)]) + b"".join(key + value for key, value in keys)
 
@@ -239,14 +240,14 @@ _PAYLOAD = _map(
 _VERSION = bytes(byte & 0x0F | 0x50 for byte in range(256))
 _VARIANT = bytes(byte & 0x3F | 0x80 for byte in range(256))
 _GROUPS = Struct("8s4s4s4s12s8x")
-"""The hex digits of a UUID in a SHA-1, of which the last are of no use."""
+"""The groups of a UUID's hex digits in a SHA-1, whose last digits are not used."""
 
 _DERIVED_BYTES = 20
-"""From one of `_derived` to the next."""
+"""The distance from one identifier of `_derived` to the next."""
 
 
 def file_ids(package_id: UUID, relative_paths: Iterable[str]) -> list[UUID]:
-    """What `identifiers.file_id` gives for each path. Raises ValueError for a path with a surrogate."""
+    """The ids of files, as `identifiers.file_id` gives them. Raises ValueError for a path with a surrogate."""
     numbers, _ = _derived([_file_name(package_id.bytes, path) for path in relative_paths])
     return [UUID(bytes=numbers[at : at + 16]) for at in range(0, len(numbers), _DERIVED_BYTES)]
 
@@ -256,9 +257,10 @@ def _file_name(namespace: bytes, relative_path: str) -> bytes:
 
 
 def _derived(names: Iterable[bytes]) -> tuple[bytes, list[bytes]]:
-    """What `uuid5` gives for each name, a namespace's 16 bytes before it: the numbers' bytes, and the texts.
+    """The UUIDs that `uuid5` gives for these names, each with the 16 bytes of its namespace before it.
 
-    The bytes of one begin _DERIVED_BYTES after those of the one before. Together they take a quarter of the time.
+    Returns their bytes, each UUID beginning _DERIVED_BYTES after the previous one, and their texts. Takes a quarter of
+    the time of single calls.
     """
     found = bytearray(b"".join([sha1(name, usedforsecurity=False).digest() for name in names]))
     found[6::_DERIVED_BYTES] = found[6::_DERIVED_BYTES].translate(_VERSION)
@@ -290,7 +292,7 @@ def _payload_digests(
     found = []
     for file, file_id, location_id in zip(files, file_ids, location_ids, strict=True):
         if not len(file.blake3) == len(file.sha256) == DIGEST_BYTES:
-            raise ValueError("a digest has not 32 bytes")
+            raise ValueError("a digest does not have 32 bytes")
         pieces = (
             file.blake3,
             file.sha256,
@@ -311,7 +313,7 @@ def _payload_digests(
 
 _LINK = b"\x88" + cbor_text(FILE_INGESTED.encode())
 _DELEGATED_LINK = b"\x89" + cbor_text(DELEGATED_FILE_INGESTED.encode())
-"""An array of eight values, and of nine; see `chain_digest`."""
+"""The beginnings of an array of eight values and of one of nine; see `chain_digest`."""
 
 
 def _chain(
@@ -339,25 +341,25 @@ def _chain(
 
 
 _PAIR = 1 << 14
-"""Two bytes of a number hold seven bits each."""
+"""The number of pairs of bytes, each of which holds seven bits of a number."""
 
 _LOW = _PAIR - 1
 
 _MORE = tuple(bytes((pair & 0x7F | 0x80, pair >> 7 | 0x80)) for pair in range(_PAIR))
-"""Two bytes that more bytes follow."""
+"""Two bytes of a number that are not the last."""
 
 _LAST = tuple(bytes((pair,) if pair < 0x80 else (pair & 0x7F | 0x80, pair >> 7)) for pair in range(_PAIR))
-"""The last byte or two."""
+"""The last byte or two of a number."""
 
 
 def avro_long(number: int) -> bytes:
-    """Zig-zag, then seven bits a byte, the lowest first. Raises ValueError for a number that is no long."""
+    """A number in zig-zag coding, seven bits per byte, lowest first. Raises ValueError if it is not a long."""
     if 0 <= number < _PAIR >> 1:
         return _LAST[number << 1]
     if not -(1 << 63) <= number < 1 << 63:
-        raise ValueError("a number is no Avro long")
+        raise ValueError("a number is not an Avro long")
     left = number << 1 if number >= 0 else ~(number << 1)
-    # Sizes, and times in µs, without a loop: they are what is mostly asked for.
+    # Sizes, and times in µs, are encoded without a loop, because they are the most frequent numbers.
     if left < 1 << 28:
         return _MORE[left & _LOW] + _LAST[left >> 14] if left >= _PAIR else _LAST[left]
     if 1 << 42 <= left < 1 << 56:
@@ -371,7 +373,7 @@ def avro_long(number: int) -> bytes:
 
 
 def avro_text(encoded: bytes) -> bytes:
-    """A text in UTF-8: its length in bytes, then it."""
+    """A text, given in UTF-8: its length in bytes, then the bytes."""
     size = len(encoded)
     return (_LAST[size << 1] if size < _PAIR >> 1 else avro_long(size)) + encoded
 
@@ -436,13 +438,16 @@ def _encode(run: FileRun) -> list[bytes]:
 
 @lru_cache(1_024)
 def _text(text: str) -> tuple[bytes, bytes]:
-    """A text that comes again and again, in Avro and in CBOR."""
+    """A text in Avro and in CBOR. Cached, for texts that repeat."""
     encoded = text.encode()
     return avro_text(encoded), cbor_text(encoded)
 
 
 class FileFields(NamedTuple):
-    """What a fold needs of a `v1.file.ingested`: its own identifiers are 16 bytes, texts UTF-8, digests 32 bytes."""
+    """The fields of a `v1.file.ingested` that folds need. Identifiers of files and locations are 16 bytes.
+
+    Texts are UTF-8, digests 32 bytes.
+    """
 
     package_id: UUID
     sequence: int
@@ -462,14 +467,14 @@ class FileFields(NamedTuple):
 
 
 Entry = FileFields | Event
-"""An event: of an ingested file the fields, of any other type all of it."""
+"""An event: only the fields if it is of an ingested file, the whole event otherwise."""
 
 
 def read_entry(value: bytes, key: bytes | None = None, packages: dict[bytes, UUID] | None = None) -> Entry:
-    """Read a record value; `key` is the record's, and `packages` the same in every call, as `read_fields` wants it.
+    """Read a record value. `key` is the record's key; pass the same `packages` in every call, as for `read_fields`.
 
-    Raises UndecodableEventError. Also when `key` is not the id of the package, and for what no writer writes and nobody
-    could be shown.
+    Raises UndecodableEventError, also if `key` is not the package's id, and for values that no writer writes and no
+    reader could be shown.
     """
     packages = {} if packages is None else packages
     entry: Entry = read_fields(value, packages) or entry_of(decode(value))
@@ -481,7 +486,7 @@ def read_entry(value: bytes, key: bytes | None = None, packages: dict[bytes, UUI
         and not is_jcs_object(entry.payload.metadata)
     ):
         raise UndecodableEventError("its metadata is not a JSON object that has a JCS form")
-    # The quick reader keeps packages by their ids as they are written.
+    # The quick reader keeps packages by the text of their ids.
     known = key is None or packages.get(key) is entry.package_id
     if not known and key != str(entry.package_id).encode():
         raise UndecodableEventError("its key is not its package's id")
@@ -517,7 +522,7 @@ _UUID_LENGTH = 36 << 1
 """The Avro length of a UUID's text."""
 
 _NOT_SHORT = 0x81
-"""Bits of a first byte that say: more bytes follow, or the number is negative."""
+"""The bits of a number's first byte that mean that more bytes follow, or that the number is negative."""
 
 _LONGEST = 10
 _LONG_VALUES = 1 << 64
@@ -526,10 +531,10 @@ _LONG_VALUES = 1 << 64
 def read_fields(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     """The fields of a record value that is a `v1.file.ingested` in single-object encoding.
 
-    None when anything about it is unusual, such as a principal, or it is another event: then the general codec finds
-    out what it is. Never
-    less strict than that codec, also in what no fold needs: a record that others cannot read must not reach a view.
-    `packages` keeps package ids by their texts, in lower case, so that all events of one package share one object.
+    None if it is another event, or if anything about it is unusual, such as a principal: the general codec then decides
+    what it is. This function is never less strict than that codec, even about fields that no fold needs: a record that
+    others cannot read must not reach a view. `packages` keeps package ids by their lower-case texts, so that all events
+    of one package share one object.
     """
     try:
         return _read(value, packages)
@@ -592,7 +597,7 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
 
 
 def _uuid_at(value: bytes, at: int) -> tuple[bytes, int]:
-    """The bytes of the UUID whose text is there, and where that ends. Raises ValueError, IndexError."""
+    """The bytes of the UUID whose text is at `at`, and the index after it. Raises ValueError, IndexError."""
     end = at + 37
     found = unhexlify(value[at + 1 : end].replace(b"-", b""))
     if value[at] != _UUID_LENGTH or len(found) != 16:
@@ -601,7 +606,7 @@ def _uuid_at(value: bytes, at: int) -> tuple[bytes, int]:
 
 
 def _text_at(value: bytes, at: int) -> tuple[bytes, int]:
-    """The text there in UTF-8, and where it ends. Raises ValueError, IndexError."""
+    """The text at `at` in UTF-8, and the index after it. Raises ValueError, IndexError."""
     size = value[at]
     if size & _NOT_SHORT:
         size, at = _long_at(value, at)
@@ -613,7 +618,7 @@ def _text_at(value: bytes, at: int) -> tuple[bytes, int]:
 
 
 def _long_at(value: bytes, at: int) -> tuple[int, int]:
-    """The number there, and where it ends (Avro 1.12 specification, "Primitive Types"). Raises ValueError."""
+    """The number at `at`, and the index after it (Avro 1.12 specification, "Primitive Types"). Raises ValueError."""
     byte = value[at]
     at += 1
     number = byte & 0x7F
@@ -624,5 +629,5 @@ def _long_at(value: bytes, at: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << shift
         shift += 7
     if shift > 63 and (shift > 7 * _LONGEST or number >= _LONG_VALUES):
-        raise ValueError("a number is no Avro long")
+        raise ValueError("a number is not an Avro long")
     return (~(number >> 1) if number & 1 else number >> 1), at

@@ -201,8 +201,8 @@ def _payload(package_id: UUID, file: StoredFile) -> FileIngested:
     [
         ({"blake3": bytes(31)}, "32 bytes"),
         ({"sha256": bytes(33)}, "32 bytes"),
-        ({"offset": 1 << 63}, "no Avro long"),
-        ({"stored_at": -(1 << 63) - 1}, "no Avro long"),
+        ({"offset": 1 << 63}, "not an Avro long"),
+        ({"stored_at": -(1 << 63) - 1}, "not an Avro long"),
         ({"key": "\ud800"}, "surrogates"),
     ],
 )
