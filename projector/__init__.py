@@ -1,8 +1,9 @@
-"""The projector: the process that feeds `services.views.engine` from Kafka's consumers, and replays.
+"""The projector: the process that feeds `services.views.engine` from consumers, and replays.
 
 Begin with `runner`: it joins a projection's group and applies what it reads there. `rebuild` folds a view again from
-the log's start, with `loading` for most of it, in this process or in several, each a `loader`. `projection_metrics`
-shows Prometheus how it goes. The projector may import `services` and what that may import; never the gateway.
+the log's start. Most of that is `loading`, in this process or in several, each of which runs `loader`.
+`projection_metrics` shows the progress to Prometheus. The projector may import `services` and what that may import, but
+never the gateway.
 """
 
 from projector.rebuild import DigestMismatchError, RebuildOptions, ReplayResult, abandon, replay

@@ -1,4 +1,4 @@
-"""`python -m projector.loader`: one of the processes of a replay. It loads what its standard input says, and ends."""
+"""`python -m projector.loader`: one of the processes of a replay. It does the job on its standard input, and ends."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FAILED = 1
 
 
 def main() -> int:
-    """Do the work that the standard input holds; returns the exit code."""
+    """Do the job that the standard input has. Returns the exit code."""
     job: Job = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the process that started this one
-    # Nobody is there to be told any more then, and a replay that begins again would meet this one.
+    # When the replay is gone, nobody reads this process's answers, and it would get in the way of the next replay.
     when_input_ends(lambda: os._exit(_FAILED))
     collect_rarely()
     take_short_turns()

@@ -1,11 +1,12 @@
-"""Loading: folding a long stretch of the log into one generation, faster than a member of a group could.
+"""Loading: folding a long range of the log into one generation, faster than a member of a group could.
 
 `load` reads given partitions with plain consumers. While one batch is written, the next one is read and decoded in a
-thread. Every batch passes the checkpoint's guard, so a crash, or somebody else who loads the same, does no harm.
+thread. Every batch passes the checkpoint's guard, so a crash does no harm, nor does another process that loads the same
+partitions.
 
 `load_in_processes` gives each of several processes (`projector.loader`) some of the partitions. A process reads its
-job from its standard input, which stays open: the process ends when it closes. It answers on its standard output, one
-JSON object a line: what it folded, or the error that ended it.
+job from its standard input, and ends when that is closed. It answers on its standard output with one JSON object per
+line: the progress, or the error that ended it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from services.views.engine.source import read_ahead, read_range
 from services.views.projections import Projection
 
 Told = Callable[[int, Mapping[int, int]], None]
-"""Called behind each batch with how many events it had, and with the offsets behind it by partition."""
+"""Called after each batch with its number of events, and with the offsets after it by partition."""
 
 
 async def load(
@@ -44,11 +45,11 @@ async def load(
     pace: Pace,
     told: Told,
 ) -> None:
-    """Fold what lies between the generation's checkpoint and `ends`, exactly that.
+    """Fold exactly the events between `since`, the generation's checkpoint, and `ends`.
 
     Raises:
-        StaleCheckpointError: another has moved the generation, or it is not there any more.
-        CorruptError: too many packages would be parked; the generation holds what came before that.
+        StaleCheckpointError: another process has moved the generation's checkpoint, or the generation is gone.
+        CorruptError: too many packages would be parked; the generation holds the events before that.
         UnavailableError: the log or the database cannot be reached.
     """
     overlaps = views.dialect != "sqlite"
@@ -58,13 +59,13 @@ async def load(
             await pace.wait(len(batch))
             await apply(views, projection, batch)
             told(len(batch), batch.ends)
-            if not overlaps:  # SQLite has one writer: if this one never paused, nobody else would get in
+            if not overlaps:  # SQLite has one writer at a time: without a pause, others would never get their turn
                 await asyncio.sleep(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one process is to load."""
+    """The work for one process."""
 
     settings: Settings
     projection: str
@@ -85,7 +86,7 @@ async def load_in_processes(
     max_parked: int,
     told: Told,
 ) -> None:
-    """As `load`, by so many processes; blocks until every one of them has ended."""
+    """As `load`, but in this many processes. Blocks until all of them have ended."""
     shares = _shares(since.position, ends, processes)
     rate = None if max_rate is None else max_rate / max(len(shares), 1)
     jobs = [Job(settings, projection, since, share, rate, max_parked) for share in shares]
@@ -99,7 +100,7 @@ async def load_in_processes(
 
 
 def _shares(since: Position, ends: Mapping[int, int], processes: int) -> list[dict[int, int]]:
-    """The partitions, so spread that every share is about as long: the longest first, each to the shortest share."""
+    """Divide the partitions into shares of about equal length: the longest first, each into the shortest share."""
     lengths = {p: end - since.offsets.get(p, 0) for p, end in ends.items()}
     shares: list[dict[int, int]] = [{} for _ in range(processes)]
     for partition in sorted(lengths, key=lambda p: -lengths[p]):
@@ -110,13 +111,13 @@ def _shares(since: Position, ends: Mapping[int, int], processes: int) -> list[di
 
 
 async def _run_process(job: Job, told: Told) -> None:
-    # The settings hold secrets: a pipe shows them to nobody, a command line or environment would.
+    # The job goes through a pipe, because its settings hold secrets, which a command line or environment would show.
     try:
         process = await asyncio.create_subprocess_exec(
             *(*PYTHON, "-m", "projector.loader"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            process_group=0,  # a terminal's Ctrl-C is for the one who started it
+            process_group=0,  # a terminal's Ctrl-C must only reach this process
         )
     except OSError as error:
         raise UnavailableError(f"a process of the replay cannot be started: {error.strerror}") from error
@@ -128,7 +129,7 @@ async def _run_process(job: Job, told: Told) -> None:
             said = json.loads(line)
             if "error" in said:
                 raise _error(said["error"], said["detail"])
-            if "done" in said:  # all is committed: nobody has to wait until it has cleared up
+            if "done" in said:  # everything is committed: there is no need to wait until it has cleaned up
                 return
             told(said["events"], {int(p): offset for p, offset in said["next_offsets"].items()})
         raise UnavailableError(f"a process of the replay ended by itself (exit code {await process.wait()})")
@@ -140,13 +141,13 @@ async def _run_process(job: Job, told: Told) -> None:
 
 
 def _error(name: str, detail: str) -> ArtifactStoreError:
-    """The error of this name, wherever it is defined: what can be done about it goes by its class."""
+    """The error whose class has this name, wherever it is defined: callers decide by its class what to do."""
     kinds = {kind.__name__: kind for kind in _within(ArtifactStoreError)}
     return kinds.get(name, ArtifactStoreError)(detail)
 
 
 def _within(kind: type[ArtifactStoreError]) -> Iterator[type[ArtifactStoreError]]:
-    """The class and all below it that are imported; those that a load raises are, as this imports what it does."""
+    """The class and all its imported subclasses. Those that `load` raises are imported, because this module uses it."""
     yield kind
     for narrower in kind.__subclasses__():
         yield from _within(narrower)
@@ -154,26 +155,26 @@ def _within(kind: type[ArtifactStoreError]) -> Iterator[type[ArtifactStoreError]
 
 BATCH_EVENTS = 10_000
 _TURNS_A_SECOND = 10
-"""A rate is kept in small steps: a large batch every few seconds would be felt in between."""
+"""A rate is kept in small steps, because a large batch every few seconds would slow down others noticeably."""
 
 
 class Pace:
-    """Shared by all who fold for one replay."""
+    """Limits the rate of a replay. Shared by everything in this process that folds for it."""
 
     def __init__(self, max_rate: float | None = None) -> None:
-        """`max_rate` in events a second; None is as fast as it goes."""
+        """`max_rate` is in events per second; None means no limit."""
         self.max_rate = max_rate
         self._free_at = 0.0
 
     @property
     def batch_events(self) -> int:
-        """How many events to fold at once at most."""
+        """The most events in one batch."""
         if self.max_rate is None:
             return BATCH_EVENTS
         return max(1, min(BATCH_EVENTS, int(self.max_rate / _TURNS_A_SECOND)))
 
     async def wait(self, events: int) -> None:
-        """Return when so many more events may be folded."""
+        """Return when this many more events may be folded."""
         if self.max_rate is None:
             return
         now = time.monotonic()
@@ -186,5 +187,5 @@ TURN_SECONDS = 0.0005
 
 
 def take_short_turns() -> None:
-    """For the start of a process that decodes and writes at the same time."""
+    """Make threads switch more often. For the start of a process that decodes and writes at the same time."""
     sys.setswitchinterval(TURN_SECONDS)

@@ -1,6 +1,6 @@
-"""Metrics of a projector for Prometheus: what this process folded, and, asked when somebody looks, how far views are.
+"""Metrics of a projector for Prometheus: what this process has folded, and the progress of the views.
 
-Lag and parked packages are those of the view itself, the same whichever of its projectors is asked.
+Lag and parked packages are read from the views themselves, so all projectors of a view show the same numbers.
 """
 
 from __future__ import annotations
@@ -32,46 +32,46 @@ Answer = TypeVar("Answer")
 _MICROS = 1_000_000
 _LOOK_SECONDS = 5.0
 _ANSWER_SECONDS = 8.0
-"""How long log and database may take to answer; with the second in which the event
-loop may be busy, less than Prometheus waits for a scrape (10 s)."""
+"""How long log and database may take to answer. Together with a second in which the event loop may be busy, this is
+less than Prometheus waits for a scrape (10 s)."""
 
 
 class _Standing(NamedTuple):
-    """How far a view is."""
+    """The progress of a view."""
 
     position: Position | None
     parked: int
-    """Packages that are parked."""
+    """How many packages are parked."""
     replayed_to: Position | None
-    """Where its replay is; None without one."""
+    """The position of its replay; None if there is none."""
     replaying: bool
-    """Whether a process runs it."""
+    """Whether a process runs the replay."""
 
 
 class _Found(NamedTuple):
-    """What log and database said; None for what gave no answer."""
+    """The answers of log and database; None for one that did not answer."""
 
     since: float
     """When they were asked, in seconds since 1970."""
     end: Position | None
     """The log's end."""
     views: Mapping[str, _Standing] | None
-    """How far each view is, by projection."""
+    """The progress of the views, by projection."""
 
 
 class ProjectorMetrics(Collector):
-    """What the projections of one process have done, and what they have yet to do."""
+    """The metrics of the projections that one process runs."""
 
     def __init__(self, views: Views, log: Log, names: Iterable[str], *, alone: bool = True) -> None:
-        """Must be made on the event loop, which log and database are asked on.
+        """Construct it on the event loop on which log and database are to be asked.
 
-        `alone`: at each scrape, which does not run on that loop. Otherwise the process is a gateway too: it shows the
-        components itself, and how far views are is what `looking_regularly` saw last.
+        With `alone`, they are asked at each scrape, which runs in another thread. Otherwise the process is a gateway
+        too: the gateway shows whether components are up, and the views' progress is what `looking_regularly` saw last.
         """
         self._alone = alone
         self._seen = _Found(0.0, None, None)
         self._ending: set[asyncio.Future[Any]] = set()
-        """Questions that were cut off and have not ended yet."""
+        """Questions that were cancelled and have not ended yet."""
         self._views = views
         self._queries = Queries(views)
         self._log = log
@@ -81,28 +81,28 @@ class ProjectorMetrics(Collector):
         self._times: dict[str, dict[int, float]] = {name: {} for name in self._events}
 
     def folded(self, name: str, events: int, last_times: Mapping[int, int]) -> None:
-        """So many events more are in the view; `last_times` as in `EventBatch`."""
+        """Note that this many more events are in the view; `last_times` is as in `EventBatch`."""
         self._events[name] += events
         for partition, micros in last_times.items():
             self._came_to(name, partition, micros / _MICROS)
         self.goes_on(name)
 
     def _came_to(self, name: str, partition: int, moment: float) -> None:
-        """The view holds all that was recorded in the partition before `moment`, in seconds since 1970."""
+        """Note that the view has all events of the partition from before `moment` (s since 1970)."""
         times = self._times[name]
         times[partition] = max(moment, times.get(partition, moment))
 
     def goes_on(self, name: str) -> None:
-        """The projection has folded, or has had nothing to fold for a while."""
+        """Note that the projection has folded, or has had nothing to fold for a while."""
         self._running[name] = True
 
     def stopped(self, name: str) -> None:
-        """The projection could not go on, for good or until it goes on again."""
+        """Note that the projection cannot continue, for ever or until `goes_on` is called."""
         self._running[name] = False
 
     def collect(self) -> Iterator[Metric]:
-        """See prometheus_client, which calls it in a thread of its server's; blocks for _ANSWER_SECONDS at most."""
-        progress = list(self._progress())  # first: what happens while it waits for answers is shown at once
+        """See prometheus_client, whose server calls it in a thread. Blocks for _ANSWER_SECONDS and a second at most."""
+        progress = list(self._progress())  # first, so that the other numbers include what happens while this waits
         events = CounterMetricFamily(
             "artifact_store_projection_events", "Events that this process folded", labels=["projection"]
         )
@@ -118,7 +118,7 @@ class ProjectorMetrics(Collector):
         yield from (events, running, *progress)
 
     def _progress(self) -> Iterator[Metric]:
-        """Nothing of what cannot be found out now: an old number would look like a good one."""
+        """The views' progress. Leaves out what cannot be found out now, because an old number would look like a new."""
         up = GaugeMetricFamily(
             "artifact_store_component_up",
             "Projector: 1 if a component answered this scrape",
@@ -154,7 +154,7 @@ class ProjectorMetrics(Collector):
             asked = asyncio.run_coroutine_threadsafe(self._ask(), self._loop)
             try:
                 now, end, views = asked.result(_ANSWER_SECONDS + 1)
-            except TimeoutError:  # the event loop itself is busy for so long
+            except TimeoutError:  # the event loop itself was busy for that long
                 asked.cancel()
                 logger.info("the metrics lack the progress of projections, because the process is overloaded")
                 return
@@ -183,7 +183,7 @@ class ProjectorMetrics(Collector):
 
     @asynccontextmanager
     async def looking_regularly(self) -> AsyncIterator[None]:
-        """Within the block, look every 5 s how far views are, unless each scrape does."""
+        """Within the block, read the views' progress every 5 s, unless each scrape does."""
         if self._alone:
             yield
             return
@@ -194,7 +194,7 @@ class ProjectorMetrics(Collector):
             while not stop.is_set():
                 try:
                     self._seen = await self._ask()
-                except Exception:  # a mistake is logged, and numbers that grow old are not shown
+                except Exception:  # a bug is logged, and outdated numbers are not shown
                     logger.exception("the progress of projections could not be determined")
                     self._seen = _Found(0.0, None, None)
                 await wait_for_stop(stop, _LOOK_SECONDS)
@@ -207,7 +207,7 @@ class ProjectorMetrics(Collector):
             await looking
 
     async def _ask(self) -> _Found:
-        """The log's end, and by projection where its view stands and how many packages are parked."""
+        """Ask for the log's end and for the views' progress."""
         since = time.time()
         return _Found(
             since, *await asyncio.gather(self._within("log", self._log.end()), self._within("views", self._of_views()))
@@ -226,10 +226,13 @@ class ProjectorMetrics(Collector):
         return _Standing(position, parked, None if build is None else build.position, replaying)
 
     async def _within(self, component: str, asked: Awaitable[Answer]) -> Answer | None:
-        """What it says, None if it does not within _ANSWER_SECONDS. Then it is cut off, and may take longer to end."""
+        """The component's answer; None if it fails, or takes longer than _ANSWER_SECONDS.
+
+        A question that takes longer is cancelled, and may take some time to end after that.
+        """
         asking = asyncio.ensure_future(asked)
         try:
-            # A connection to a database that is frozen takes seconds to close, for which no scrape has time.
+            # A connection to a frozen database takes seconds to close, which is too long for a scrape.
             done, _ = await asyncio.wait((asking,), timeout=_ANSWER_SECONDS)
         finally:
             if not asking.done():

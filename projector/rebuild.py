@@ -1,8 +1,8 @@
-"""Replay: fold a projection again from the log's start, beside the live view (a rebuild) or in place of it.
+"""Replay: folding a projection again from the log's start, beside the live view (a rebuild) or in place.
 
 A rebuild makes a new generation: it loads tables that have almost no index, builds the indexes, catches up, compares
-if asked to, and switches. Each step can be repeated and looks at what is there, so that the next replay after a crash
-goes on from where the last one was.
+if asked to, and switches. Each step can be repeated and takes into account what exists, so after a crash the next
+replay continues where the last one ended.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What a replay has built. `events` were folded here; another that ran beside may have folded more.
+    """The result of a replay. `events` were folded by this replay; other processes may have folded more.
 
-    `seconds` are those until the view was whole; the digest is made after that, of the view as it is by then.
-    `matches` is what a comparison with the view that was there before has found, None without one.
+    `seconds` is the time until the view was complete. The digest is computed after that, so it and `position` may be
+    those of a later state. `matches` is the result of the comparison with the previous view; None without one.
     """
 
     projection: str
@@ -89,20 +89,21 @@ async def replay(
     max_parked: int | None = None,
     progress: Progress | None = None,
 ) -> ReplayResult:
-    """Fold the projection again from the log's start; return when the view covers the log's end as of the call.
+    """Fold the projection again from the log's start. Returns when the view covers the log's end as of the call.
 
-    By default a new generation is built beside the live view, which is read and folded on meanwhile; when the new one
-    is nowhere behind, it takes the live one's place. A crash costs nothing: the next call goes on. `in_place` empties
-    the view first: until it is folded again it shows less than the log has. `max_parked` is how many packages it may
-    park.
+    By default, a new generation is built beside the live view, which is read and kept current meanwhile. When the new
+    one has caught up in every partition, it replaces the live view. A crash costs nothing: the next call continues.
+    `in_place` empties the view first: until it is folded again, it shows less than the log has. `max_parked` is how
+    many packages it may park.
 
-    Either works beside running projectors: what they were folding is refused by the view, and they go on from there.
+    Both ways work beside running projectors: the view refuses their outdated batches, and they continue from its new
+    checkpoint.
 
     Raises:
         InvalidRequestError: there is no such projection (the text lists the known ones), or nothing to compare with.
-        PushBackError: another builds this projection; the text says who.
-        DigestMismatchError: the view that was there differs from the log's; nothing was switched, both are kept.
-        CorruptError: too many packages would be parked; a view in place holds what came before.
+        PushBackError: another process builds this projection; the text says which.
+        DigestMismatchError: the live view differs from the one built from the log; nothing was switched, both are kept.
+        CorruptError: too many packages would be parked; with `in_place` the view holds the events before that.
         UnavailableError: the log or the database cannot be reached; call again.
         ConfigurationError: the settings cannot work.
     """
@@ -129,7 +130,7 @@ async def replay_view(
     progress: Progress | None = None,
     settings: Settings | None = None,
 ) -> ReplayResult:
-    """As `replay`, on parts that are open; without `settings` in this process alone."""
+    """As `replay`, on open parts. Without `settings`, only this process loads."""
     began = time.monotonic()
     meter = Meter(progress)
     matches = None
@@ -154,9 +155,9 @@ async def replay_view(
 
 
 async def abandon(settings: Settings, projection: str) -> bool:
-    """Remove what an unfinished replay has built; whether there was anything. The live view is not touched.
+    """Remove the build of an unfinished replay. Returns whether there was one. The live view is not touched.
 
-    Raises InvalidRequestError: there is no such projection. PushBackError: another is building it. UnavailableError.
+    Raises InvalidRequestError: there is no such projection. PushBackError: another process builds it. UnavailableError.
     """
     known = projection_named(projection)
     views = open_views(settings)
@@ -168,7 +169,7 @@ async def abandon(settings: Settings, projection: str) -> bool:
 
 
 async def _take_group_over(log: Log, projection: Projection) -> None:
-    """Make offsets that other tools have set for the group ours: projectors stop at them, and go on after a replay."""
+    """Commit the offsets that other tools have set for the group as ours: otherwise projectors would stop at them."""
     name = projection.name
     foreign = {p: offset for p, (offset, metadata) in (await log.committed(name)).items() if not metadata}
     if foreign and await log.show(name, foreign, "replay"):
@@ -189,28 +190,28 @@ async def _fold_in_place(views: Views, log: Log, projection: Projection, meter: 
 
 
 _MANY_EVENTS = 20_000
-"""Fewer are loaded in this process sooner than another has started."""
+"""Fewer events are loaded here in less time than other processes take to start."""
 
 _NEAR_EVENTS = 1_000
-"""So little may be left to fold while the live view is held."""
+"""A build this close to the log's end has caught up: so few events may be left to fold while the live view is held."""
 
 _INDEX_MEMORY_MIB = 256
 _PATIENCE_SECONDS = 60.0
-"""How long log or database may be away, as long as nothing is folded."""
+"""How long log or database may be down while nothing is folded."""
 
 _SWITCH_SECONDS = 600.0
-"""How long a comparison looks for a moment in which both stand level, a switch for one in which nobody reads."""
+"""How long a comparison waits until both generations are at one position, and a switch until nobody reads."""
 
 
 class DigestMismatchError(CorruptError):
-    """The live view and the one that was built from the log differ. Both are there: a person decides."""
+    """The live view and the one that was built from the log differ. Both are kept, and a person decides."""
 
     problem = "digest-mismatch"
 
 
 @dataclass(frozen=True, slots=True)
 class RebuildOptions:
-    """What a rebuild is asked for; `processes` None is one a core, where several help."""
+    """The options of a rebuild. Without `processes`, it loads in one process per core, if several help."""
 
     verify: bool = False
     even_if_different: bool = False
@@ -222,7 +223,7 @@ class RebuildOptions:
 async def rebuild(
     views: Views, log: Log, projection: Projection, options: RebuildOptions, meter: Meter, settings: Settings | None
 ) -> bool | None:
-    """Build and switch; return what a comparison has found: None when none was asked for.
+    """Build and switch. Returns whether the comparison found both views equal; None without a comparison.
 
     With `settings`, which must be those of `views` and `log`, other processes may load as well.
 
@@ -239,7 +240,7 @@ async def rebuild(
         try:
             await run.index()
         except CorruptError as error:
-            # Too late to tell which package brought a row that no key allows; a fold that has the keys parks it.
+            # A row violates a key. Its package cannot be found any more, but a fold into tables with keys parks it.
             logger.warning("%s: %s; loading once more, with all indexes from the start", projection.name, error.detail)
             build = await begin_build(views, projection, end.log, bare=False)
             run = _Rebuild(views, log, projection, build, options, meter, settings)
@@ -266,7 +267,7 @@ async def _build_to_go_on_with(
 
 
 async def _fits(build: Build, log: Log, projection: Projection, end: Position) -> bool:
-    """Whether a build is one of this layout, of this log, and of nothing that the log has lost."""
+    """Whether a build has this layout, was folded from this log, and has no events that the log has lost."""
     if build.layout != projection.layout or build.position.log != end.log:
         return False
     try:
@@ -281,27 +282,27 @@ async def _require_comparable(views: Views, log: Log, projection: Projection) ->
         live = await read_live(connection, projection)
     if live.layout != projection.layout:
         raise InvalidRequestError(
-            f"the live {projection.name} has layout {live.layout}, what is built has {projection.layout}: their "
-            "digests cannot be equal; replay without comparing"
+            f"the live {projection.name} has layout {live.layout}, a build has {projection.layout}: their digests "
+            "cannot be equal; replay without comparing"
         )
-    end = await log.end(live.position)  # behind the view's position, which moves
+    end = await log.end(live.position)  # after the view's position was read, which moves
     if live.position is None or live.position.log != end.log:
         raise InvalidRequestError(f"the live {projection.name} was not folded from this log: replay without comparing")
     check_within(live.position, end, projection.name)
 
 
 async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Do all of it at once. When a part fails, the others have ended too before its error is raised."""
+    """Do all of it concurrently. If one part fails, its error is raised when the others have ended too."""
     try:
         async with asyncio.TaskGroup() as tasks:
             for part in work:
                 tasks.create_task(part)
     except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None  # what went wrong first ended the others
+        raise errors.exceptions[0] from None  # the first failure cancelled the others
 
 
 class _Rebuild:
-    """One run of a build, from where it stands to the switch."""
+    """One attempt to finish a build, from its present position to the switch."""
 
     def __init__(
         self,
@@ -323,12 +324,12 @@ class _Rebuild:
         self._settings = settings
 
     async def load(self, end: Position) -> None:
-        """Fold up to `end` into tables that have next to no index yet."""
+        """Fold up to `end` into tables that have almost no index yet."""
         self._meter.begin("load", self._build.position.offsets, end.offsets)
         await self._fold_to(end.offsets, self._processes(end))
 
     async def index(self) -> None:
-        """Build the indexes, as many at a time as loaded before, and look through each table once it has them."""
+        """Build the indexes, several at a time unless the rate is limited, and analyze each table after its indexes."""
         self._meter.begin("index")
         one_at_a_time = self._options.max_rate is not None or self._views.dialect == "sqlite"
         at_once = asyncio.Semaphore(1 if one_at_a_time else _cores())
@@ -346,9 +347,9 @@ class _Rebuild:
         await _together(map(finish, self._projection.tables))
 
     async def compare(self) -> bool:
-        """Digest both generations at one position; whether they are equal.
+        """Digest both generations at one position. Returns whether they are equal.
 
-        Raises DigestMismatchError when they differ, unless the switch was asked for even then.
+        Raises DigestMismatchError if they differ, unless the options ask for the switch even then.
         """
         await self._catch_up()
         self._meter.begin("compare")
@@ -369,7 +370,7 @@ class _Rebuild:
         )
 
     async def switch(self) -> None:
-        """Make the build the live generation, as soon as it is nowhere behind and nobody reads the live tables."""
+        """Make the build the live generation when it has caught up and nobody reads the live tables."""
         attempts = Attempts(_SWITCH_SECONDS)
         while True:
             await self._catch_up()
@@ -378,7 +379,7 @@ class _Rebuild:
                 await switch(self._views, self._projection, self._build.generation, self._end, self._fold_within)
                 return
             except (UnavailableError, PushBackError) as error:
-                # Includes that nobody knows whether the transaction was committed.
+                # The transaction may have been committed nevertheless.
                 if await self._is_live():
                     return
                 if isinstance(error, StaleCheckpointError):
@@ -387,11 +388,11 @@ class _Rebuild:
                 if not await attempts.another():
                     raise UnavailableError(
                         f"{self._projection.name} could not be switched in {_SWITCH_SECONDS:.0f} s: {error.detail}; "
-                        "what was built is kept, and the next replay continues it"
+                        "the build is kept, and the next replay continues it"
                     ) from error
 
     async def _catch_up(self) -> None:
-        """Fold until next to nothing is left; more may arrive meanwhile."""
+        """Fold until at most _NEAR_EVENTS are left; more may arrive meanwhile."""
         while True:
             at, end = (await self._current()).position, await self._end()
             if sum(offset - at.offsets.get(p, 0) for p, offset in end.offsets.items()) <= _NEAR_EVENTS:
@@ -412,11 +413,11 @@ class _Rebuild:
                 return found
             await asyncio.sleep(random.uniform(0, 0.1))
         raise UnavailableError(
-            f"{self._projection.name} moved too fast to be compared for {_SWITCH_SECONDS:.0f} s; what was built is kept"
+            f"{self._projection.name} moved too fast to be compared for {_SWITCH_SECONDS:.0f} s; the build is kept"
         )
 
     async def _digests_if_level(self) -> tuple[ViewDigest, ViewDigest] | None:
-        """Both digests; None when the two were not found at one position, as may be where the live one moves on."""
+        """Both digests; None if the two generations were not at one position, because the live one has moved on."""
         views, projection = self._views, self._projection
         build, live = await self._positions()
         if not (live.position or Position(build.position.log, {})).covers(build.position):
@@ -438,7 +439,7 @@ class _Rebuild:
             return of_live, await digest_tables(connection, projection, building_tables(projection), at)
 
     async def _fold_to(self, ends: Mapping[int, int], processes: int) -> None:
-        """Fold exactly up to these offsets, through failures that pass."""
+        """Fold exactly up to these offsets; temporary failures are tried again."""
         patient_until = time.monotonic() + _PATIENCE_SECONDS
         folded = self._meter.events
         while True:
@@ -476,7 +477,7 @@ class _Rebuild:
             await load(self._views, self._log, self._projection, since, ends, pace=self._pace, told=told)
 
     async def _fold_within(self, connection: AsyncConnection, at: Checkpoint, ends: Mapping[int, int]) -> None:
-        """What the live view is ahead by, while it is held: little, or it is better done before."""
+        """Fold what the live view is ahead by, while it is held. Raises UnavailableError if that is too much."""
         missing = sum(end - at.position.offsets.get(p, 0) for p, end in ends.items())
         if missing > 2 * _NEAR_EVENTS:
             raise UnavailableError(f"the live view is {missing} offsets ahead")
@@ -488,7 +489,7 @@ class _Rebuild:
                 self._meter.note(len(batch), batch.ends)
 
     def _processes(self, end: Position) -> int:
-        """How many processes to load in: several where they do not stand in each other's way."""
+        """How many processes to load in: several only if that helps."""
         missing = sum(offset - self._build.position.offsets.get(p, 0) for p, offset in end.offsets.items())
         if self._views.dialect == "sqlite" or self._settings is None or missing < _MANY_EVENTS:
             return 1
@@ -511,7 +512,7 @@ class _Rebuild:
         return await self._current(), live
 
     async def _live_offsets(self) -> Mapping[int, int]:
-        """Where the live view is ahead of the build."""
+        """The live view's offsets in the partitions where it is ahead of the build."""
         build, live = await self._positions()
         return ahead(live, build.position, await self._end())
 
@@ -520,7 +521,7 @@ class _Rebuild:
             return (await read_live(connection, self._projection)).generation == self._build.generation
 
     async def _end(self) -> Position:
-        """The log's end. Raises LogIdentityError when the log was made anew since the build began."""
+        """The log's end. Raises LogIdentityError if the log was created again since the build began."""
         end = await self._log.end()
         require_same_log(self._projection, self._build.position.log, end.log)
         return end
@@ -535,10 +536,10 @@ _WINDOW_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ReplayProgress:
-    """`events` were folded by this replay so far; `done` and `total` are offsets of the phase, 0 where none count.
+    """`events` were folded by this replay so far; `done` and `total` count offsets in the phase, or are 0.
 
-    `rate` is in events a second, of late. `outrun`: while the last stretch was folded, as much arrived as it had; that
-    has no end as it goes.
+    `rate` is the recent rate in events per second. `outrun`: at least as much arrived while the last range was folded
+    as it contained, so at this rate the replay never ends.
     """
 
     phase: str
@@ -554,7 +555,7 @@ Progress = Callable[[ReplayProgress], None]
 
 
 class Meter:
-    """Counts what is folded and tells about it."""
+    """Counts folded events and offsets, and reports the progress."""
 
     def __init__(self, tell: Progress | None) -> None:
         self.events = 0
@@ -567,7 +568,7 @@ class Meter:
         self._seen: deque[tuple[float, int, int]] = deque()
 
     def begin(self, phase: str, starts: Mapping[int, int] | None = None, ends: Mapping[int, int] | None = None) -> None:
-        """A phase begins, or the next stretch of the same one; with offsets, those that it goes from and to."""
+        """Begin a phase, or the next range of the same phase. `starts` and `ends` are the range's offsets, if any."""
         before = self._total if phase == self._phase else 0
         self._phase = phase
         self._reached = {p: (starts or {}).get(p, 0) for p in ends or {}}
@@ -578,7 +579,7 @@ class Meter:
         self.note(0, {})
 
     def note(self, events: int, next_offsets: Mapping[int, int]) -> None:
-        """So many events more were folded, and these offsets reached."""
+        """Note that this many more events were folded, and that these offsets were reached."""
         self.events += events
         self._reached.update(next_offsets)
         done = sum(self._reached.values()) - self._start

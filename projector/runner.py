@@ -1,15 +1,15 @@
-"""Running a projection: read, fold, show the progress; again and again, until told to stop.
+"""Running a projection: read, fold and show the progress, in a loop, until told to stop.
 
-Each batch takes effect exactly once, however often it is read: rows and checkpoint are one transaction, whose guard
-refuses a batch that comes again. While one batch is written, the next one is read and decoded.
+Each batch takes effect exactly once, however often it is read: rows and checkpoint are written in one transaction, and
+the checkpoint's guard refuses a repeated batch. While one batch is written, the next one is read and decoded.
 
-A failure that may pass ends the membership in the group, and after a pause another begins. Meanwhile others can take
-the partitions over, and the view's checkpoint says where to go on. A failure that does not pass is raised: log and
-view do not belong together, or one of them is damaged. Three kinds are tried again where people see them, and nothing
-is skipped: settings that worked before, tables that are missing or have another layout, and a mistake in a fold.
+A temporary failure ends the membership in the group, and after a pause another one begins. Meanwhile others can take
+the partitions over, and the view's checkpoint says where to continue. A permanent failure is raised: log and view do
+not belong together, or one of them is damaged. Three kinds of failures are shown to people and tried again, without
+skipping anything: settings that worked before, tables that are missing or have another layout, and a bug in a fold.
 
-`run_processes` runs several projectors. Each is a member of the groups, so that the partitions are spread over them.
-One that dies is started again. One that reports that it cannot go on is not: its partitions go to the others.
+`run_processes` runs several projectors. Each is a member of the groups, so the partitions are spread over them. If one
+dies, it is started again. If one reports that it cannot continue, it is not, and its partitions go to the others.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
 _STUCK_SECONDS = 10.0
-"""A batch that takes longer to fold is reported: a frozen database may give no answer for minutes."""
+"""A batch that takes longer than this to fold is reported: a frozen database may not answer for minutes."""
 
 
 async def run_projectors(
@@ -57,14 +57,14 @@ async def run_projectors(
     metrics_at: ListenAddress | None = None,
     metrics_in: CollectorRegistry | None = None,
 ) -> dict[str, ArtifactStoreError]:
-    """Run several projections (no names: all) until `stop` is set; blocks until they have left their groups.
+    """Run several projections (without names, all) until `stop` is set. Blocks until they have left their groups.
 
-    `max_parked` is how many packages each may park; Prometheus finds at `metrics_at` what they do. `metrics_in` shows
-    it with what else this process does. Returns those that could not go on, with the reason; each is logged when it
-    happens, and the others go on.
+    `max_parked` is how many packages each may park. Their metrics are served to Prometheus at `metrics_at`, or added to
+    `metrics_in`, which shows those of the rest of the process. Returns the projections that could not continue, with
+    the reason. Each of these is logged at once, and the others continue.
 
-    Raises InvalidRequestError: there is no projection of that name. ConfigurationError: settings that cannot work,
-    or an address that cannot be had.
+    Raises InvalidRequestError: there is no projection with that name. ConfigurationError: settings that cannot work,
+    or an address that cannot be listened on.
     """
     projections = [projection_named(name) for name in dict.fromkeys(names)] or list(PROJECTIONS.values())
     log, views = open_log(settings), open_views(settings)
@@ -87,14 +87,14 @@ async def run_projectors(
 async def run_projection(
     views: Views, log: Log, projection: Projection, stop: asyncio.Event, metrics: ProjectorMetrics | None = None
 ) -> None:
-    """Project until `stop` is set, through failures of log and database; blocks until the group is left.
+    """Project until `stop` is set, through failures of log and database. Blocks until the group is left.
 
-    What is refused, or goes wrong unforeseen, is shown in the log and the metrics and tried again every 10 s.
+    Refusals and unexpected errors are shown in the log and the metrics, and tried again every 10 s.
 
     Raises:
-        CorruptError: the log does not go on from what the view has folded, or too many packages would be parked.
+        CorruptError: the log does not continue from what the view has folded, or too many packages would be parked.
         LogIdentityError: the view was folded from another log.
-        ConfigurationError: the settings are refused before it has joined the group once.
+        ConfigurationError: the settings were refused before it had ever joined the group.
     """
     pause = _FIRST_PAUSE
     joined = False
@@ -117,7 +117,7 @@ async def run_projection(
                 raise
             logger.error("%s: %s; trying again in %.1f s", projection.name, error.detail, _LONGEST_PAUSE)
             await _in_trouble(projection, stop, metrics)
-        except Exception:  # a mistake in one fold must not stop the others, nor this one when it passes
+        except Exception:  # a bug in one fold must not stop the others, nor this one if it passes
             logger.exception("%s: a bug in this program; trying again in %.1f s", projection.name, _LONGEST_PAUSE)
             await _in_trouble(projection, stop, metrics)
         joined = joined or run.joined
@@ -156,7 +156,7 @@ class _Run:
         self._assignment = Assignment(views, log, projection, self._settled)
 
     async def work(self, stop: asyncio.Event) -> None:
-        """Read and fold until told to stop; what was read by then is folded."""
+        """Read and fold until `stop` is set; everything that was read by then is folded."""
         name, began, why = self._projection.name, time.monotonic(), "it was cancelled"
         try:
             await self._assignment.join()
@@ -167,14 +167,14 @@ class _Run:
                     if batch.ends:
                         await self._apply(batch)
                     elif self._metrics is not None and self._assignment.idle:
-                        self._metrics.goes_on(self._projection.name)  # nothing is left to fold: no trouble either
+                        self._metrics.goes_on(self._projection.name)  # nothing is left to fold, so all is well
             await self._assignment.show()
             why = "it was told to stop"
         except ArtifactStoreError as error:
             why = error.detail
             raise
         except Exception as error:
-            why = f"{type(error).__name__}, which was not foreseen"
+            why = f"an unexpected {type(error).__name__}"
             raise
         finally:
             await self._assignment.leave()
@@ -210,7 +210,7 @@ class _Run:
         )
 
     def _make_spans(self, tracer: tracing.Tracer, batch: EventBatch, began: int) -> None:
-        """A span of the fold for each traced command whose events are in the batch, below that of their appending."""
+        """Make a span of the fold for each traced command in the batch, as a child of the span that appended it."""
         commands: dict[str, list[Record]] = {}
         for record in batch.records:
             parent = next((value for name, value in record.headers if name == "traceparent"), None)
@@ -238,8 +238,8 @@ class _Run:
 
 
 _RULE = RestartRule(final=frozenset({1, 2}), all_or_none=False)
-"""The exit codes are those of a projector that has said in its log what is wrong: a projection failed, or the settings
-do."""
+"""These are the exit codes of a projector that has logged what is wrong: a projection failed, or the settings are
+wrong."""
 
 
 async def run_processes(
@@ -251,10 +251,11 @@ async def run_processes(
     max_parked: int | None = None,
     metrics_at: ListenAddress | None = None,
 ) -> int:
-    """Run so many projectors of these projections until `stop` is set, then tell them to stop; the exit code.
+    """Run this many projectors of these projections until `stop` is set, then tell them to stop. Returns the exit code.
 
-    Blocks until all have ended. The code is 0 when they were told to end and did so, else that of the first which could
-    not go on. Returns early when none is left that can. From `metrics_at` on each has its own metrics.
+    Blocks until all have ended, which is earlier if none of them can continue. The code is 0 if they ended as they were
+    told to, else that of the first that could not continue. Each serves its metrics on its own port, from `metrics_at`
+    on.
     """
     limit = [] if max_parked is None else ["--max-parked", str(max_parked)]
     arguments = [*PYTHON, "-m", "services.cli", "projector", "--until-input-ends", *limit]
