@@ -121,8 +121,9 @@ def header_text(value: Any) -> str:
 
 
 def secret_text(value: Any) -> SecretStr:
-    """Read text that is sent in a header and never shown."""
-    return value if isinstance(value, SecretStr) else SecretStr(header_text(value))
+    """Read text that is sent in a header and never shown. Takes pydantic's `SecretStr` as well."""
+    given = getattr(value, "get_secret_value", None)
+    return SecretStr(header_text(value if given is None else given()))
 
 
 def options(value: Any) -> dict[str, str | int | float | bool]:

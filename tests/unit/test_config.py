@@ -6,10 +6,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from artifact_store.errors import ConfigurationError
-from services.config import PREFIX, Settings, table
+from services.config import PREFIX, SecretStr, Settings, table
 
 SECRET = "w0rd-that-nobody-sees"
 
@@ -153,6 +154,12 @@ def test_no_secret_is_in_the_text_of_settings() -> None:
         internal_secret=SECRET,
     )
     assert SECRET not in repr(found) + str(found)
+
+
+def test_a_secret_may_come_as_that_of_pydantic() -> None:
+    settings = Settings(internal_secret=pydantic.SecretStr(SECRET))
+    assert settings.internal_secret == SecretStr(SECRET)
+    assert SECRET not in repr(settings)
 
 
 def test_the_newline_that_a_file_of_a_secret_ends_in_is_no_part_of_it() -> None:
