@@ -19,7 +19,7 @@ import asyncio
 import hashlib
 import secrets
 from collections import defaultdict, deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -49,10 +49,8 @@ from services.blobs.intake import (
     check_declared,
     digests_of,
 )
-from services.blobs.memory import TURN_SECONDS, PartBuffer
+from services.blobs.memory import TURN_SECONDS
 from services.blobs.port import UPLOADS, BlobStore, Digests, StoredBlob
-
-_SLICE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +69,7 @@ class Packing:
         self._blobs = blobs
         self._max_file_bytes = max_file_bytes
         self._layout = PackLayout()
-        self._buffer = PartBuffer(PACK_BYTES)
-        self._hash = blake3()
+        self._pieces: list[bytes] = []
         self._packs: list[StoredBlob] = []
         self._found: list[Placed | _Packed] = []
 
@@ -93,8 +90,6 @@ class Packing:
         except BaseException:
             await Cleanups().run(self._discard())
             raise
-        finally:
-            self._buffer.close()
         return [found if isinstance(found, Placed) else found.placed(self._packs) for found in self._found]
 
     async def _store_alone(self, file: StreamedFile) -> Placed:
@@ -127,23 +122,17 @@ class Packing:
                 return number
             pack, offset, new = place
             if new:
-                self._buffer.append(file.data)
-                self._hash.update(file.data)
+                self._pieces.append(file.data)
             sha256 = hashlib.sha256(file.data).digest()
             self._found.append(_Packed(file.relative_path, file.media_type, pack, offset, size, digest, sha256))
         return len(files)
 
     async def _store_pack(self) -> None:
         """Store the pack, and begin another."""
-        declared = Declared(size_bytes=len(self._buffer), blake3=self._hash.digest())
-        self._packs.append(await self._blobs.store(self._bytes(), declared=declared, max_bytes=PACK_BYTES))
-        self._buffer.clear()
-        self._hash = blake3()
+        pack = b"".join(self._pieces)
+        self._pieces.clear()
+        self._packs.append(await self._blobs.store_bytes(pack, await digests_of(pack)))
         self._layout.begin()
-
-    async def _bytes(self) -> AsyncIterator[bytes]:
-        for start in range(0, len(self._buffer), _SLICE):
-            yield self._buffer.read(start, start + _SLICE)
 
 
 @dataclass(frozen=True, slots=True)
