@@ -323,7 +323,8 @@ async def _projections(settings: Settings, finding: Finding) -> None:
 
 
 async def _groups(settings: Settings, finding: Finding) -> None:
-    """Offsets that other tools have set for projectors' groups. Raises CorruptError when a projector stops for them."""
+    """Offsets that other tools have set for projectors' groups. Those for which a projector stops are wrong."""
+    from artifact_store.errors import CorruptError
     from artifact_store.position import Position
     from services.cli.command import log_and_views
     from services.cli.status import group_note
@@ -337,7 +338,12 @@ async def _groups(settings: Settings, finding: Finding) -> None:
         stands = Position(await log.identity(), {})
         for name in PROJECTIONS:
             position = await Queries(views).checkpoint(name)
-            if (note := await group_note(log, name, position or stands)) is not None:
+            try:
+                note = await group_note(log, name, position or stands)
+            except CorruptError as error:
+                finding.wrong.append(error.detail)
+                continue
+            if note is not None:
                 finding.remarks.append(f"{name}: {note}")
 
 

@@ -269,6 +269,20 @@ def test_status_says_what_a_projector_does_about_a_group_that_other_tools_have_s
     assert {p["group"] for p in json.loads(run("status", "--json").stdout)["projections"]} == {None}
 
 
+def test_doctor_names_every_group_that_other_tools_have_set(
+    run: Run, package: dict[str, Any], embedded_settings: Settings
+) -> None:
+    run("replay", "registry")
+    run("replay", "retention")
+    with closing(sqlite3.connect(embedded_settings.log_url.removeprefix("sqlite:///"))) as file, file:
+        file.execute("INSERT INTO progress VALUES ('registry', 0, 1, ''), ('retention', 0, 1, '')")
+    doctor = json.loads(run("doctor", "--json", code=1).stdout)
+    (groups,) = (finding for finding in doctor["findings"] if finding["part"] == "groups")
+    assert not groups["ok"]
+    for name in ("registry", "retention"):
+        assert f"artifact-store replay {name}" in groups["cause"]
+
+
 def test_doctor_finds_nothing_wrong_before_and_after_the_parts_are_made(run: Run, tree: Path) -> None:
     assert json.loads(run("doctor", "--json").stdout)["ok"]
     run("push", tree, *ABOUT)
