@@ -175,7 +175,8 @@ class Cluster:
     def topic(self) -> Topic:
         """Describe the topic. Raises ConfigurationError: the brokers are too old."""
         name = self._kafka.topic
-        found = self._ask("describing the topic", lambda admin: admin.describe_topics(TopicCollection([name])))[name]
+        asked = TopicCollection([name])
+        found = self._ask(f"describing topic {name}", lambda admin: admin.describe_topics(asked))[name]
         identity = UUID(bytes=base64.urlsafe_b64decode(f"{found.topic_id}=="))
         if not identity.int:
             raise ConfigurationError(

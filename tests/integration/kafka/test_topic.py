@@ -63,10 +63,10 @@ async def test_a_topic_that_migrate_made_passes_the_guard_and_migrate_may_be_rep
     assert found["message.timestamp.type"] == "CreateTime"
 
 
-async def test_a_topic_that_is_missing_is_refused_with_the_command_that_makes_it(kafka: Settings) -> None:
+async def test_a_topic_that_is_missing_is_named_with_the_command_that_makes_it(kafka: Settings) -> None:
     log = KafkaLog(kafka)
     try:
-        with pytest.raises(ConfigurationError, match="artifact-store migrate"):
+        with pytest.raises(ConfigurationError, match=rf"topic {log.kafka.topic}\): run `artifact-store migrate`"):
             await log.check()
     finally:
         await log.close()
