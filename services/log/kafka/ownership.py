@@ -3,9 +3,9 @@
 `WriterGroup` is this process's membership. The assignment decides who tries to write; the fence decides who may. The
 group's consumer reads nothing: its partitions are paused.
 
-`Owners` asks the group who owns which partition. Its coordinator may be away while all owners are well, so the last
-answer is used meanwhile. A process that lost a partition since then refuses its commands: an old answer costs time and
-never an event.
+`Owners` asks the group who owns which partition. The group's coordinator may be down while all owners are well, so its
+last answer is used meanwhile. A process that has lost a partition since then refuses its commands, so an old answer
+costs time but never an event.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NO_URL = "artifact-store"
 _POLL_SECONDS = 0.25
 
 _POLL_INTERVAL_MS = 60_000
-"""How long a rebalance waits for a member that does not take part. A hand-over takes 15 s at most."""
+"""How long a rebalance waits for a member that does not take part (ms). A hand-over takes 15 s at most."""
 
 _REJOIN_SECONDS = 0.5
 
@@ -71,7 +71,7 @@ _T = TypeVar("_T")
 
 
 class WriterGroup:
-    """This process's membership. The client id is the URL at which other gateways reach it, or NO_URL; then INTERFACE.
+    """This process's membership. Its client id is the URL at which other gateways reach it (or NO_URL), then INTERFACE.
 
     `assigned`, `revoked` and `look_after` are called in the group's own thread. A partition passes to another process
     when `revoked` has returned, unless it was lost already (the second argument). `look_after` is called regularly, and
@@ -188,8 +188,8 @@ class WriterGroup:
     def _is_overlooked(self) -> bool:
         """Whether partitions have no owner in a group that is settled. Blocks.
 
-        A client that was assigned nothing then waits for something that does not come: when a broker was cut off from
-        the others, clients were seen to wait for minutes, and new ones to be assigned all within seconds.
+        A client that was assigned nothing then waits in vain: when a broker was cut off from the others, such clients
+        were seen to wait for minutes, while new clients were assigned all partitions within seconds.
         """
         with suppress(ConfigurationError, UnavailableError):
             owners = self.owners()
@@ -233,7 +233,7 @@ class WriterGroup:
             except KafkaException as error:
                 found = kafka_error(error)
                 self._note(explained(found, "joining the writers").detail if found else "the group cannot be joined")
-            # After any error, join again: outside the group the process would write nothing until it is restarted.
+            # Join again after any error: outside the group, the process would write nothing until it is restarted.
             except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
                 _LOG.exception("the group of writers was left")
                 self._note(f"the group was left: {type(error).__name__}")
@@ -277,7 +277,7 @@ class WriterGroup:
         _LOG.info("partitions %s were given up in %.2f s", numbers, time.monotonic() - began)
 
     def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
-        """Also called while the coordinator is away: the client counts the session by its own clock."""
+        """Also called while the coordinator is down, because the client times the session by its own clock."""
         self._revoked(_numbers(partitions), True)
         self._note(
             f"partitions {_numbers(partitions)} were lost: the group's coordinator did not hear from this process, or "
@@ -328,7 +328,7 @@ class Owners:
     def __init__(self, ask: Callable[[], Mapping[int, Owner] | None]) -> None:
         """`ask` blocks. It returns None while the group rebalances, and raises UnavailableError, ConfigurationError."""
         self._ask_group = ask
-        # A thread of its own: a group that does not answer must not hold up other questions.
+        # A separate thread, because a group that does not answer must not delay other questions.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-owners")
         self._question: asyncio.Task[None] | None = None
         self._asked_at = 0.0
@@ -399,9 +399,9 @@ class Owners:
                 looking.cancel()
 
     async def _goes_elsewhere(self, partition: int, owner: Owner) -> None:
-        """Return once the group names another owner of the partition."""
+        """Return when the group names another owner of the partition."""
         while True:
-            # No answer does not mean that the partition has another owner.
+            # A missing answer does not mean that the partition has another owner.
             with suppress(UnavailableError, ConfigurationError):
                 if (await self.all()).get(partition, owner) != owner:
                     return
@@ -415,5 +415,5 @@ class Owners:
         self._thread.shutdown(wait=False)
 
     def forget(self) -> None:
-        """Ask the group again, unless it was asked a moment ago: its answer has proved wrong."""
+        """Ask the group again, because its answer has proved wrong, unless it was asked a moment ago."""
         self._until = min(self._until, self._least)

@@ -1,13 +1,13 @@
 """Appending to the log on Kafka: the port `CommandWriter`, on the writers of this process and of others.
 
-`KafkaWriter` starts and stops the writers of the partitions that the group assigns to this process. `Router` brings a
-request to the writer of its partition, in this process or another, and retries until that one answers.
+`KafkaWriter` starts and stops the writers of the partitions that the group assigns to this process. `Router` routes a
+request to the writer of its partition, in this process or another, and retries until the writer answers.
 
-Retrying is safe, because a command carries its id. But once a writer may have tried a command, the log may hold it. A
-refusal by another writer (it is full, or cannot write) is then no answer to the command.
+Retrying is safe, because a command carries its id. But once a writer may have tried a command, the log may hold it. If
+another writer then refuses it (because it is full, or cannot write), that does not answer the command.
 
-The router stands above the sequencers. A sequencer that cannot answer says so by an error: PartitionNotOwnedError when
-nobody has tried the command, UnavailableError when the log may hold it. The router then asks elsewhere.
+The router stands above the sequencers. A sequencer that cannot answer raises PartitionNotOwnedError if nobody has tried
+the command, or UnavailableError if the log may hold it. The router then asks elsewhere.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ _LOG = logging.getLogger(__name__)
 SUBMIT_SECONDS = 9.0
 """How long a request may take, with all retries. Then the outcome of a command is unknown.
 
-Half as long again as it takes until a killed owner has a successor, and less than the 10 s after which many clients and
-proxies give up: they shall hear the cause.
+One and a half times as long as it takes until a killed owner has a successor. Less than the 10 s after which many
+clients and proxies give up, so that they learn the cause.
 """
 
 CONFIRM_SECONDS = 30.0
@@ -84,10 +84,10 @@ _HAND_OVER_SECONDS = 15.0
 SNAPSHOT_SECONDS = 20.0
 """How long `close` waits for running snapshots after the partitions are handed over."""
 _IDENTITY_SECONDS = 1.0
-"""How often to check that the topic is still the same; so long may events go to one that was created again."""
+"""How often to check that the topic is still the same. For this long, events may go to one that was created again."""
 
 _READERS_SECONDS = 5.0
-"""How long an answer about who can read events with a principal counts. Commands without one never ask."""
+"""How long it counts as known who can read events with a principal. Commands without a principal do not need it."""
 
 _GUARD_SECONDS = 10.0
 """How often to check that the topic's settings still keep all events."""
@@ -116,7 +116,7 @@ class KafkaWriter:
         describe_group: Callable[[str], list[Member] | None] | None = None,
     ) -> None:
         """Does not connect yet. `settings` must be those of `log`. Nothing is written while the clock differs too much
-        from that of `times`. Members of groups come from the log's cluster, or from `describe_group` instead.
+        from that of `times`. `describe_group`, if given, lists members of groups instead of the log's cluster.
         """
         self._log = log
         self._limits = limits
@@ -155,14 +155,14 @@ class KafkaWriter:
         self._writers = self._router.writers
         self._readers_asked = asyncio.Lock()
         self._readers_known = -math.inf
-        """When it was last asked, on the monotonic clock (s), whether every process reads events with a principal."""
+        """When it was last checked, on the monotonic clock (s), that every process reads events with a principal."""
         self._readers_lack: str | None = None
-        """The answer, with what mends that; None if every process can."""
+        """Which process cannot read them, and what mends that; None if every process can."""
 
     async def start(self) -> None:
         """See `CommandWriter`.
 
-        Raises ConfigurationError when the topic could lose events, or others may write to the folder of the states;
+        Raises ConfigurationError if the topic could lose events, or others may write to the folder of the states;
         UnavailableError.
         """
         try:
@@ -196,7 +196,7 @@ class KafkaWriter:
         ]
 
     async def submit(self, command: Command) -> Acknowledgement:
-        """See `CommandWriter`. PushBackError also while a process runs that could not read the command's events."""
+        """See `CommandWriter`. Also raises PushBackError while a process runs that cannot read the command's events."""
         await self._require_readers(command)
         partition = self._partition_of(command.package_id)
         return cast("Acknowledgement", await self._router.answer(partition, command))
@@ -209,7 +209,7 @@ class KafkaWriter:
         grants: Grants = EVERYTHING,
         principal: str | None = None,
     ) -> str | None:
-        """See `CommandWriter`. PushBackError as `submit`."""
+        """See `CommandWriter`. Raises PushBackError as `submit`."""
         asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants, principal)
         await self._require_readers(asked)
         return cast("str | None", await self._router.answer(self._partition_of(package_id), asked))
@@ -217,8 +217,8 @@ class KafkaWriter:
     async def _require_readers(self, asked: Command | IngestCheck) -> None:
         """Return if every process of the installation can read the events that this would become.
 
-        Gateways and projectors of the release before cannot read those with a principal: they would take them for
-        foreign records, and stop. Raises PushBackError, which names one of them.
+        Gateways and projectors of the previous release cannot read events with a principal: they would take them for
+        foreign records, and stop. Raises PushBackError, which names one such process.
         """
         if asked.principal is None:
             return
@@ -252,7 +252,7 @@ class KafkaWriter:
         return end if end is not None else (await self._log.end()).offsets[partition]
 
     async def end_here(self, partition: int) -> int:
-        """As `end`, of one partition, but PartitionNotOwnedError when this process is not its writer."""
+        """As `end`, of one partition, but raises PartitionNotOwnedError if this process is not its writer."""
         return cast("int", await self._router.answer_here(partition, EndQuestion()))
 
     async def extent(self, package_id: UUID) -> PackageExtent | None:
@@ -270,14 +270,14 @@ class KafkaWriter:
             return None
 
     async def extent_here(self, package_id: UUID) -> PackageExtent | None:
-        """As `extent`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        """As `extent`, but raises PartitionNotOwnedError if this process is not the partition's writer."""
         writer = self._writers.get(self._partition_of(package_id))
         if writer is None:
             raise PartitionNotOwnedError("this process does not write to the package's partition")
         return await asyncio.to_thread(writer.extent, package_id)
 
     async def submit_here(self, command: Command) -> Acknowledgement:
-        """As `submit`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        """As `submit`, but raises PartitionNotOwnedError if this process is not the partition's writer."""
         partition = self._partition_of(command.package_id)
         return cast("Acknowledgement", await self._router.answer_here(partition, command))
 
@@ -289,12 +289,12 @@ class KafkaWriter:
         grants: Grants = EVERYTHING,
         principal: str | None = None,
     ) -> str:
-        """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        """As `check_ingest`, but raises PartitionNotOwnedError if this process is not the partition's writer."""
         asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants, principal)
         return cast("str", await self._router.answer_here(self._partition_of(package_id), asked))
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
-        """Record what an operator confirmed about a partition of this process. A repeat gets the same answer.
+        """Record an operator's confirmation for a partition of this process. A repeat gets the same answer.
 
         Waits while the partition is being taken over, for CONFIRM_SECONDS at most. Raises as `PartitionWriter.confirm`.
         """
@@ -408,7 +408,7 @@ class KafkaWriter:
         self._ending = [writer for writer in [*self._ending, *gone] if not writer.join(0)]
 
     def _look_after_writers(self) -> str | None:
-        """Drop writers whose partitions have other owners; why this process should leave its partitions, if so."""
+        """Drop writers whose partitions have other owners. Returns why to leave the partitions, if necessary."""
         why: str | None = None
         for partition, writer in list(self._writers.items()):
             if writer.disowned:
@@ -419,7 +419,7 @@ class KafkaWriter:
         return why
 
     async def _watch_guard(self) -> None:
-        """Check the topic's settings and the store's clock from time to time. No writer waits for the answers."""
+        """Check the topic's settings and the store's clock regularly. Writers do not wait for the answers."""
         while True:
             await asyncio.sleep(_GUARD_SECONDS)
             await self._look()
@@ -433,7 +433,7 @@ class KafkaWriter:
         await asyncio.gather(self._log.blocking(self._guard.look), hear_time())
 
     async def _watch_topic(self, opened: Topic, doubt: Flag) -> None:
-        """Stop writing when the topic was created again or got more partitions: the states do not match it then.
+        """Stop writing if the topic was created again or got more partitions, because the states do not match it then.
 
         A Kafka client continues on another topic of the same name without notice. While there is no such topic, nothing
         is committed.
@@ -457,41 +457,41 @@ class KafkaWriter:
 
 
 MAX_BYTES = 64 << 20
-"""About how much memory requests for one partition may take: twice what its queue holds, for those that are being
-decided or wait for another process."""
+"""About how much memory the requests for one partition may take (bytes): twice the limit of its queue, because more
+are being decided or wait for another process."""
 
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 0.5
 
 Answer = Acknowledgement | str | int | None
-"""To a command; to an `IngestCheck`, the retention class; to an `EndQuestion`, the offset. None: the release of the
-owner does not know the question."""
+"""For a command, its acknowledgement; for an `IngestCheck`, the retention class; for an `EndQuestion`, the offset. None
+if the owner's release does not know the question."""
 
 
 class Router:
-    """One for each process. Used on its event loop."""
+    """The router of one process. Used on its event loop."""
 
     def __init__(self, owners: Owners, forwarder: Forwarder | None, counts: Counts, seconds: float) -> None:
         """`seconds` is how long a request may take, with all retries."""
         self.writers: dict[int, PartitionWriter] = {}
-        """The writers of this process, by partition. Whoever starts and stops them updates this, from any thread."""
+        """The writers of this process, by partition. Updated by the code that starts and stops them, in any thread."""
         self.foreign: str | None = None
-        """Why the topic is no longer the same log; nothing is written then."""
+        """Why the topic is no longer the same log, so that nothing may be written; None while it is."""
         self._owners = owners
         self._forwarder = forwarder
         self._counts = counts
         self._seconds = seconds
         self._held: dict[int, int] = {}
-        """Memory of the requests that wait for an answer (bytes), by partition."""
+        """The memory that waiting requests take (bytes), by partition."""
         self._under_way = 0
         self._idle = asyncio.Event()
         self.closing = False
-        """Whether nothing is taken any more."""
+        """Whether new requests are refused."""
 
     async def answer(self, partition: int, asked: Command | IngestCheck) -> Answer:
         """Ask the partition's writer, wherever it is, until it answers.
 
-        Raises as `CommandWriter.submit`, and ConfigurationError or CorruptError when the writer cannot write.
+        Raises as `CommandWriter.submit`, and ConfigurationError or CorruptError if the writer cannot write.
         """
         if self.closing:
             raise PushBackError("this gateway is being shut down")
@@ -499,14 +499,14 @@ class Router:
             return await self._sought(partition, asked)
 
     async def answer_here(self, partition: int, asked: Command | IngestCheck) -> Answer:
-        """As `answer`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        """As `answer`, but raises PartitionNotOwnedError if this process is not the partition's writer."""
         if self.closing:
             raise PartitionNotOwnedError("this process hands its partitions over")
         with self._counted():
             return await self._here(partition, asked)
 
     async def close(self) -> None:
-        """Take nothing more; returns when everything that was taken is answered."""
+        """Refuse new requests. Returns when all earlier ones are answered."""
         self.closing = True
         while self._under_way:
             self._idle.clear()
@@ -524,7 +524,7 @@ class Router:
 
     @contextmanager
     def _room(self, partition: int, size: int) -> Iterator[None]:
-        """Count the request's memory. Raises PushBackError when there is too little left."""
+        """Reserve the request's memory within the block. Raises PushBackError if too little is left."""
         held = self._held.get(partition, 0)
         if held and held + size > MAX_BYTES:
             self._counts.pushed_back += 1
@@ -569,7 +569,7 @@ class Router:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def _once(self, partition: int, asked: Command | IngestCheck, deadline: float) -> Answer:
-        """Ask whoever is known as the partition's writer.
+        """Ask the process that is known as the partition's writer.
 
         Raises what the writer raises; PartitionNotOwnedError: nobody has tried the request; TimeoutError: another
         process did not answer.
@@ -615,7 +615,7 @@ def _asking(forwarder: Forwarder, url: str, partition: int, asked: Command | Ing
 
 
 def _join(writers: Sequence[PartitionWriter]) -> None:
-    """Block until all of them have ended, for _HAND_OVER_SECONDS at most."""
+    """Block until all of them have ended, for at most _HAND_OVER_SECONDS."""
     deadline = time.monotonic() + _HAND_OVER_SECONDS
     for writer in writers:
         writer.join(max(0.0, deadline - time.monotonic()))
@@ -628,7 +628,7 @@ def _elsewhere(partition: int, owner: Owner | None) -> PartitionStatus:
 
 
 def _snapshot_key(settings: Settings) -> bytes | None:
-    """The key that signs snapshots; None when the settings have no secret for that."""
+    """The key that signs snapshots; None if the settings have no secret for it."""
     secret = settings.state_key or settings.internal_secret
     if secret is None:
         return None
