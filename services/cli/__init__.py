@@ -1,6 +1,6 @@
-"""The command line `artifact-store`: one file a command group.
+"""The command line `artifact-store`: one file for each group of commands.
 
-A command's file is loaded when the command is called, and each command imports what is heavy itself.
+A command's file is loaded when the command is called, and each command imports heavy modules itself.
 """
 
 from __future__ import annotations

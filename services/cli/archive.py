@@ -1,4 +1,4 @@
-"""`log export`, `import`, `check`, `position`, `copy` and `compare`: logs that travel (see `services.archive`)."""
+"""`log export`, `import`, `check`, `position`, `copy` and `compare`: archives and copies of logs."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def compare(source: str, target: str) -> None:
     else:
         say(
             f"the target holds the first {found['records'] - found['missing']:,} of {found['records']:,} records "
-            f"of the source; {found['missing']:,} are missing at the end, {found['repeated']:,} come again"
+            f"of the source; {found['missing']:,} are missing at the end, {found['repeated']:,} are repeated"
         )
 
 
@@ -250,7 +250,7 @@ def _log_url(name: str, settings: Settings) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Tell]:
-    """Shows how far something has come."""
+    """Show progress on standard error."""
     doing = ""
     with closing(ProgressLine()) as line:
 

@@ -1,4 +1,4 @@
-"""What every command stands on: its flags and arguments, what it prints, and how its errors become exit codes.
+"""The foundation of every command: flags and arguments, output, and the conversion of errors to exit codes.
 
 A setting is a flag of the same name, before or after the command. A package is named by its id, or by the content
 address of its manifest. Results go to standard output, as text or JSON; progress and errors go to standard error. `run`
@@ -49,29 +49,29 @@ _META = "artifact-store"
 
 @dataclass(slots=True)
 class Invocation:
-    """What the flags of this command line say; the same object for the group and its command."""
+    """The values of this command line's flags; the same object for the group and its command."""
 
     overrides: dict[str, Any]
     as_json: bool = False
     quiet: bool = False
 
     def settings(self) -> Settings:
-        """The settings: the named file, environment, then the flags. Raises ConfigurationError."""
+        """The settings from the named file, the environment and the flags; the last wins. Raises ConfigurationError."""
         return Settings.from_env(**self.overrides)
 
 
 def invocation() -> Invocation:
-    """That of the command that runs now."""
+    """The invocation of the running command."""
     found: Invocation = click.get_current_context().meta.setdefault(_META, Invocation({}))
     return found
 
 
 class SettingOption(click.Option):
-    """A flag that is a setting."""
+    """A flag for a setting."""
 
 
 def common_options(*, shown: tuple[str, ...] = ()) -> Callable[[Decorated], Decorated]:
-    """Add `--json`, `--quiet` and every setting; of the settings only those in `shown` are in the help."""
+    """Add `--json`, `--quiet` and every setting. The help shows only the settings in `shown`."""
 
     def decorate(command: Decorated) -> Decorated:
         for name in reversed(declarations()):
@@ -142,13 +142,13 @@ metrics_file_option = click.option(
     help="Write metrics of this run to FILE.prom, for the textfile collector of Prometheus's node exporter.",
     metavar="FILE.prom",
 )
-"""For commands that run to their end and take long."""
+"""For long-running commands that end by themselves."""
 
 
 def metadata_of(pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
     """Metadata from `--metadata K=V` (values are text) over `--metadata-json` (a JSON object, or the file of one).
 
-    Raises click.BadParameter: no `=`, a key twice, no JSON object.
+    Raises click.BadParameter: a pair without `=`, a repeated key, or something other than a JSON object.
     """
     found: dict[str, Any] = {}
     if document is not None:
@@ -166,12 +166,12 @@ def metadata_of(pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
 
 
 def json_object(document: str, hint: str) -> dict[str, Any]:
-    """A JSON object, given as such or as the name of its file. Raises click.BadParameter, for the option `hint`."""
+    """A JSON object, given as JSON or as the name of its file. Raises click.BadParameter for the option `hint`."""
     try:
         text = document
         if not document.lstrip().startswith(
             ("{", "[", '"')
-        ):  # all three are JSON; that it must be an object comes below
+        ):  # an object, array or string in JSON is no file name; that it must be an object is checked below
             with click.open_file(document, encoding="utf-8") as file:
                 text = file.read()
         value = json.loads(text)
@@ -188,7 +188,7 @@ def json_object(document: str, hint: str) -> dict[str, Any]:
 
 @contextmanager
 def as_usage() -> Iterator[None]:
-    """What an argument breaks a rule with is wrong usage: raises click.BadParameter for InvalidRequestError."""
+    """Treat an invalid argument as wrong usage: raise click.BadParameter instead of InvalidRequestError."""
     try:
         yield
     except InvalidRequestError as error:
@@ -196,7 +196,7 @@ def as_usage() -> Iterator[None]:
 
 
 def package_or_address(text: str) -> UUID | ContentAddress:
-    """Read either. Raises click.BadParameter."""
+    """Parse a package id or a content address. Raises click.BadParameter."""
     from artifact_store.manifest import ContentAddress
 
     if text.startswith("blake3:"):
@@ -206,7 +206,7 @@ def package_or_address(text: str) -> UUID | ContentAddress:
 
 
 def package_id(text: str) -> UUID:
-    """Read an id. Raises click.BadParameter."""
+    """Parse a package id. Raises click.BadParameter."""
     try:
         return UUID(text)
     except ValueError:
@@ -214,7 +214,7 @@ def package_id(text: str) -> UUID:
 
 
 async def find_package(registry: Registry, text: str) -> UUID:
-    """The id of the package that is named. Raises PackageNotFoundError, click.BadParameter."""
+    """The id of the package that `text` names. Raises PackageNotFoundError, click.BadParameter."""
     from artifact_store.registry import find_frozen
 
     which = package_or_address(text)
@@ -224,8 +224,8 @@ async def find_package(registry: Registry, text: str) -> UUID:
 
 
 def known_projection(name: str) -> Projection:
-    """The projection of this name. Raises click.BadParameter, which lists the known ones."""
-    from services.views.projections import projection_named  # loads SQLAlchemy, which clients of a gateway do without
+    """The projection with this name. Raises click.BadParameter, which lists the known ones."""
+    from services.views.projections import projection_named  # loads SQLAlchemy, which a gateway's clients do not need
 
     with as_usage():
         return projection_named(name)
@@ -236,7 +236,7 @@ _SECONDS_ELSEWHERE = 10.0
 
 
 def answer(result: Mapping[str, Any], text: str | None = None) -> None:
-    """Print a result: one JSON object, or `text`, or else its entries one a line."""
+    """Print a result: as one JSON object, as `text`, or else with one entry per line."""
     if invocation().as_json:
         say(json.dumps(result, ensure_ascii=False))
     elif text is not None:
@@ -248,13 +248,13 @@ def answer(result: Mapping[str, Any], text: str | None = None) -> None:
 
 
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What a terminal obeys instead of showing it: control characters but tab and line end, and bidirectional ones."""
+"""Characters that a terminal interprets: control characters except tab and newline, and bidirectional controls."""
 
 
 def visible(text: str) -> str:
-    """The text with what a terminal would obey as `\\uXXXX`, which is the same JSON where the text is JSON.
+    """The text with characters that a terminal would interpret as `\\uXXXX`, which keeps JSON equivalent.
 
-    A path need not be UTF-8: what is not is shown by its code too.
+    Bytes of a path that are not UTF-8 are shown by their codes too.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -263,7 +263,7 @@ def visible(text: str) -> str:
 
 
 class VisibleLines(logging.Formatter):
-    """Log lines, with times in UTC, in which no name can hide, or end, what is said."""
+    """Log lines, with times in UTC. Names in them can neither hide text nor begin a new line."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - as below
         """See `logging.Formatter`."""
@@ -274,23 +274,23 @@ class VisibleLines(logging.Formatter):
         return visible(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
-        """See `logging.Formatter`: the line without the traceback, which alone has several."""
+        """See `logging.Formatter`. Formats the line without the traceback: only tracebacks may have several lines."""
         return super().formatMessage(record).replace("\n", "\\n")
 
 
 def say(text: str) -> None:
-    """Print a line, or several, of text or JSON, as `visible` shows them."""
+    """Print one or more lines of text or JSON, through `visible`."""
     click.echo(visible(text))
 
 
 def remark(text: str) -> None:
-    """Say something to people that is no result."""
+    """Tell people something that is not a result, on standard error."""
     if not invocation().quiet:
         click.echo(visible(text), err=True)
 
 
 def unportable(count: int, pairs: Sequence[PathPair]) -> dict[str, Any]:
-    """What a finalization says of paths that cannot be unpacked everywhere, for its result; people are warned."""
+    """The part of a finalization's result about paths that cannot be unpacked everywhere. Also warns people."""
     if not count:
         return {}
     shown = ", ".join(f"{path!r} and {other!r}" for path, other in pairs)
@@ -302,9 +302,9 @@ def unportable(count: int, pairs: Sequence[PathPair]) -> dict[str, Any]:
 
 
 class ProgressLine:
-    """How far something has come that takes long: a line on standard error, written over on a terminal.
+    """The progress of something that takes long: a line on standard error, which is overwritten on a terminal.
 
-    Elsewhere, where it may go into a file, it is a line now and then. Nothing with `--quiet`.
+    Elsewhere, where it may go into a file, a new line is written from time to time. Writes nothing with `--quiet`.
     """
 
     def __init__(self) -> None:
@@ -314,7 +314,7 @@ class ProgressLine:
         self._drawn = False
 
     def tell(self, line: Callable[[], str], *, at_once: bool = False) -> None:
-        """Say it, unless something was said a moment ago and this need not be said `at_once`."""
+        """Write the line, unless one was written a moment ago. With `at_once`, write it in any case."""
         now = time.monotonic()
         if invocation().quiet or not (at_once or now - self._told_at >= self._seconds):
             return
@@ -330,13 +330,13 @@ class ProgressLine:
 
 _WIDTH = 80
 _WORD = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
-"""A command in backquotes is one word: it can be copied whole."""
+"""A word. A command in backquotes is one word, so that it can be copied whole."""
 
 
 def say_wrapped(text: str, *, first: str = "", indent: int = 0) -> None:
-    """Print text after `first`: on one line, and on a terminal on lines of at most 80 columns, others indented.
+    """Print text after `first` on one line. On a terminal, wrap it at 80 columns and indent the further lines.
 
-    A longer word has a line of its own.
+    A longer word gets a separate line.
     """
     if not sys.stdout.isatty():
         say(first + text)
@@ -351,9 +351,9 @@ def say_wrapped(text: str, *, first: str = "", indent: int = 0) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, headed: bool = False) -> None:
-    """Print rows for people: a table on a terminal, tabs between the values elsewhere.
+    """Print rows for people: as a table on a terminal, and with tabs between the values elsewhere.
 
-    The names of the columns are above a table, and above the rest if it is `headed`.
+    A table has the names of the columns above it; the other form only if it is `headed`.
     """
     if not sys.stdout.isatty():
         if headed:
@@ -382,7 +382,7 @@ def complain(error: ArtifactStoreError, *, as_json: bool) -> None:
 
 
 def complain_plainly(kind: str, detail: str, *, as_json: bool) -> None:
-    """As `complain`, for what the command line itself or the operating system refuses."""
+    """As `complain`, for errors of the command line itself or the operating system."""
     if as_json:
         problem = {
             "type": f"urn:artifact-store:problem:{kind}",
@@ -396,7 +396,7 @@ def complain_plainly(kind: str, detail: str, *, as_json: bool) -> None:
 
 @contextmanager
 def transfer_progress(verb: str) -> Iterator[TransferProgress]:
-    """Bars for a push or pull on standard error; nothing when that is no terminal, or with `--quiet`."""
+    """Progress bars for a push or pull on standard error; none if that is not a terminal, or with `--quiet`."""
     from artifact_store.transfers.parallel import NoProgress
 
     if invocation().quiet or not sys.stderr.isatty():
@@ -420,7 +420,7 @@ def transfer_progress(verb: str) -> Iterator[TransferProgress]:
 
 
 class _Bars:
-    """A TransferProgress that draws."""
+    """A TransferProgress that draws bars."""
 
     def __init__(self, bars: Progress, task: TaskID) -> None:
         self._bars = bars
@@ -484,7 +484,7 @@ class Root(click.Group):
             complain(error, as_json=as_json)
             code = error.exit_code
         except BrokenPipeError:
-            # Whoever read our output has enough; what is still buffered must not fail once more at the end.
+            # The reader of our output has closed it. Text that is still buffered must not fail once more at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = _FAILED
         except OSError as error:
@@ -493,14 +493,14 @@ class Root(click.Group):
             code = _FAILED
         except Exception as error:
             if not as_json:
-                raise  # the traceback is what whoever mends this needs
+                raise  # the traceback helps to fix the bug
             complain_plainly("internal", _unforeseen(error), as_json=True)
             code = _FAILED
-        gc.freeze()  # all of it ends with the process: do not look for garbage in it
+        gc.freeze()  # the process ends, so do not spend time on collecting garbage
         sys.exit(code if isinstance(code, int) else 0)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options and settings apart, then the commands."""
+        """Show options and settings in separate sections, then the commands."""
         sections: dict[str, list[tuple[str, str]]] = {"Options": [], "Settings (also after a command)": []}
         own, settings = sections.values()
         for parameter in self.get_params(ctx):
@@ -514,7 +514,7 @@ class Root(click.Group):
 
 
 def _unforeseen(error: Exception) -> str:
-    """What happened and where; the error's own text may hold a secret."""
+    """The type and place of the error. Its own text is left out, because it may hold a secret."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"an error that was not foreseen: {type(error).__name__} in {place.filename}, line {place.lineno}; without "
@@ -523,9 +523,9 @@ def _unforeseen(error: Exception) -> str:
 
 
 def run(main: Coroutine[Any, Any, Result], *, many_bytes: bool = False) -> Result:
-    """Run a command's coroutine to its end. Raises KeyboardInterrupt also when it was cancelled, as SIGTERM does.
+    """Run a command's coroutine to its end. Raises KeyboardInterrupt, also if it was cancelled, as by SIGTERM.
 
-    `many_bytes`: on uvloop's event loop, which spends less on sockets than asyncio's own; other commands do without.
+    With `many_bytes`, run it on uvloop's event loop, which spends less time on sockets than asyncio's.
     """
     try:
         if not many_bytes:
@@ -539,7 +539,7 @@ def run(main: Coroutine[Any, Any, Result], *, many_bytes: bool = False) -> Resul
 
 
 LOG_AND_VIEWS = ("log_url", "views_url")
-"""The settings that such a command shows."""
+"""The settings that the help of such a command shows."""
 
 
 @asynccontextmanager

@@ -53,20 +53,20 @@ _ADDRESSES = {
 
 @dataclass(slots=True)
 class Finding:
-    """One part of the installation: what is wrong with it and what mends that, and what else there is to say."""
+    """The findings about one part of the installation: what is wrong and what mends it, and other remarks."""
 
     part: str
     wrong: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     away: bool = False
-    """Whether it gave no answer."""
+    """Whether the part did not answer."""
 
     def shown(self) -> dict[str, Any]:
-        """For `--json`: `cause` is all that is wrong, or else the remarks."""
+        """The finding for `--json`: `cause` has everything that is wrong, or else the remarks."""
         return {"part": self.part, "ok": not self.wrong, "cause": "; ".join(self.wrong or self.remarks) or None}
 
     def say(self) -> None:
-        """For people: a line or more for each thing."""
+        """Print the finding for people: one or more lines for each thing."""
         for text in self.wrong:
             say_wrapped(text, first=f"WRONG  {self.part}: ", indent=7)
         for text in self.remarks:
@@ -76,7 +76,7 @@ class Finding:
 
 
 Look = Callable[["Settings", Finding], Awaitable[None]]
-"""Looks at a part, and adds what it sees to the finding. An error of the tree that it raises is wrong too."""
+"""Examines a part and adds to the finding. An ArtifactStoreError that it raises counts as something wrong too."""
 
 
 @click.command()
@@ -134,7 +134,7 @@ async def _examine() -> list[Finding]:
 
 
 def _import_what_looks_need(*, embedded: bool) -> None:
-    """Import before the time of a look runs: it takes a second, and a minute on a machine that has too much to do."""
+    """Import modules before the time limit of a look begins: that takes a second, or a minute on a busy machine."""
     names = ["artifact_store.documents.times", "services.identity.oidc", "services.identity.static_tokens"]
     names += ["services.blobs.open", "services.views.engine.parking", "services.views.queries"]
     names += ["services.webhooks.subscriptions"]
@@ -162,7 +162,7 @@ async def _looked(part: str, look: Look, settings: Settings) -> Finding:
         finding.wrong.append(f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?")
     except UnavailableError as error:
         finding.away = True
-        # A gateway that gives its causes runs, and a message that names a setting or command says what to look at.
+        # A hint is not needed if a gateway names its causes, or if the message names a setting or command.
         said = error.detail
         explained = "ARTIFACT_STORE_" in said or "`artifact-store " in said or said.startswith("the gateway is ")
         hint = "" if explained else f"; is it running, and is {_ADDRESSES[part]} right?"
@@ -194,7 +194,7 @@ async def _log(settings: Settings, finding: Finding) -> None:
 
 
 async def _under_replicated(log: Log) -> list[str]:
-    """Partitions of a Kafka log that are served and lack a replica. Nothing fails yet, so only `doctor` says it."""
+    """Partitions of a Kafka log that are served but lack a replica. Nothing fails yet, so only `doctor` reports it."""
     from services.log.kafka import KafkaLog
 
     if not isinstance(log, KafkaLog):
@@ -209,7 +209,7 @@ async def _under_replicated(log: Log) -> list[str]:
 
 
 async def _framing(log: Log) -> str:
-    """What the schema registry, which has passed the log's check, is good for."""
+    """How the log uses the schema registry, which has passed the log's check."""
     from services.log.kafka import KafkaLog
 
     if not isinstance(log, KafkaLog):
@@ -270,7 +270,7 @@ async def _blobs(settings: Settings, finding: Finding) -> None:
         if blobs.backend_id == "local" and not _local_folder(settings).exists():
             finding.remarks.append(_NOT_THERE)
             return
-        await blobs.now()  # a clock that is wrong makes the store refuse what follows
+        await blobs.now()  # first, because the store refuses further requests if a clock is wrong
         if (trouble := blobs.clock.trouble()) is not None:
             raise ConfigurationError(trouble)
         await blobs.check()
@@ -298,7 +298,7 @@ def _is_there(settings: Settings) -> bool:
 
 
 async def _projections(settings: Settings, finding: Finding) -> None:
-    """Whether the views follow this log, and who folds them."""
+    """Check that the views follow this log, and that processes fold them."""
     from services.cli.command import log_and_views
 
     if not _is_there(settings):
@@ -323,7 +323,7 @@ async def _projections(settings: Settings, finding: Finding) -> None:
 
 
 async def _groups(settings: Settings, finding: Finding) -> None:
-    """Offsets that other tools have set for projectors' groups. Those for which a projector stops are wrong."""
+    """Check the offsets that other tools have set for projectors' groups. It is wrong if they stop a projector."""
     from artifact_store.errors import CorruptError
     from artifact_store.position import Position
     from services.cli.command import log_and_views
@@ -348,7 +348,7 @@ async def _groups(settings: Settings, finding: Finding) -> None:
 
 
 async def _webhooks(settings: Settings, finding: Finding) -> None:
-    """Whether somebody delivers to subscriptions. Who may not look at them says so and finds nothing wrong."""
+    """Check that a process delivers to subscriptions. A user without the right to read them only gets a remark."""
     from services.wiring import open_views
 
     views = open_views(settings)
@@ -365,7 +365,7 @@ async def _webhooks(settings: Settings, finding: Finding) -> None:
 
 
 async def _identity(settings: Settings, finding: Finding) -> None:
-    """Policy and tokens as a gateway reads them, and whether the keys of the policy's issuers can be had."""
+    """Read policy and tokens as a gateway does, and check that the keys of the policy's issuers can be fetched."""
     from artifact_store.errors import ConfigurationError
     from services.identity.oidc import Issuer
     from services.identity.policy import Policy, read_policy
@@ -397,12 +397,12 @@ async def _gateway(settings: Settings, finding: Finding) -> None:
 
 
 def _disk(settings: Settings) -> Finding:
-    """Whether what is written here has room: embedded files and the writers' state."""
+    """Check the free space for what is written on this machine: embedded files and the writers' state."""
     folders = [settings.state_dir]
     if settings.log_url.startswith("sqlite"):
         folders.append(_sqlite_file(settings.log_url))
     if settings.blobs_url.startswith("file:"):
-        with suppress(ValueError):  # an address that cannot be read was found before
+        with suppress(ValueError):  # an invalid address was reported before
             folders.append(_local_folder(settings))
     free = {folder: shutil.disk_usage(_nearest(folder)).free for folder in folders}
     tight = [f"the disk of {folder} {room}" for folder, left in free.items() if (room := room_needed(left)) is not None]

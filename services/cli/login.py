@@ -80,7 +80,7 @@ def logout() -> None:
 @ACTOR
 @common_options(shown=("url", "token_file", "ca"))
 def whoami(*, actor: str | None) -> None:
-    """Show whom the gateway of --url takes you for, and what you may do; without --url, who you are on this machine."""
+    """Show who you are to the gateway of --url, and what you may do; without --url, who you are on this machine."""
     found = run(_whoami(actor))
     if invocation().as_json:
         answer(found.model_dump())
@@ -109,7 +109,7 @@ async def _whoami(actor: str | None) -> WhoAmIAnswer:
 
 
 async def who_is(transport: Transport, actor: str | None = None) -> WhoAmIAnswer:
-    """Whom the gateway takes the sender for, when they act in this actor's name."""
+    """Who the sender is to the gateway, if they act in this actor's name."""
     from artifact_store.client.transport import read_answer
     from artifact_store.documents import http
     from artifact_store.documents.shapes import WhoAmIAnswer
@@ -119,7 +119,7 @@ async def who_is(transport: Transport, actor: str | None = None) -> WhoAmIAnswer
 
 
 def open_transport(settings: Settings, *, seconds: float = 60.0, stored: bool = False) -> Transport:
-    """Requests to the gateway of the settings, with the user's credentials; `stored`: with those of the login alone."""
+    """A transport to the gateway of the settings, with the user's credentials; `stored`: only with those of `login`."""
     from artifact_store.client.device_login import find_credentials, stored_login
     from artifact_store.client.transport import RetryPolicy, Transport
 

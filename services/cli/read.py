@@ -1,4 +1,4 @@
-"""`packages`, `show`, `manifest`, `usage` and `tail`: what the registry holds and what happens in it."""
+"""`packages`, `show`, `manifest`, `usage` and `tail`: reading the registry and its events."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _row(package: Package) -> tuple[object, ...]:
 @click.option("--retention-class", help="Only packages of this retention class.")
 @common_options(shown=("url",))
 def usage(producer: str | None, retention_class: str | None) -> None:
-    """Show how many packages, files and bytes came in, by producer, retention class and day (UTC)."""
+    """Show how many packages, files and bytes were received, by producer, retention class and day (UTC)."""
     run(_usage(producer, retention_class))
 
 
@@ -214,7 +214,7 @@ def tail(
     try:
         run(_tail(since, wanted, order, follow=follow))
     except KeyboardInterrupt:
-        if not follow:  # that is how following ends
+        if not follow:  # an interrupt is the normal end of --follow
             raise
 
 

@@ -1,4 +1,4 @@
-"""`parked` and `log`: what operators do about packages that a view cannot follow and records that stop a partition."""
+"""`parked` and `log`: repairs for packages that a view cannot follow, and for records that stop a partition."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ max_parked_option = click.option(
     metavar="N",
     help="Stop before more than N packages are parked.  [default: 100]",
 )
-"""For every command that folds views and may stop by it."""
+"""For every command that folds views, and may stop because of this limit."""
 
 _COLUMNS = ("projection", "package", "partition", "offset", "events", "cause")
 _HEAD_BYTES = 32
@@ -113,7 +113,7 @@ async def _show(package: str) -> None:
 
 
 async def _retry(packages: Sequence[str], projection: str | None) -> bool:
-    """Whether nothing is parked any more of what was meant."""
+    """Retry these packages. Returns whether none of them is parked any more."""
     from artifact_store.errors import NotFoundError
 
     whole = True
@@ -142,7 +142,7 @@ async def _retry(packages: Sequence[str], projection: str | None) -> bool:
 
 
 async def _record(log: Log, mark: Mark) -> dict[str, Any] | None:
-    """What is to be told of the record that a package stopped at; None when the log does not hold it."""
+    """The description of the record at which a package stopped; None if the log does not hold it."""
     from schemas.codec import UndecodableEventError, decode
 
     async for batch in log.scan({mark.partition: mark.offset}, {mark.partition: mark.offset + 1}):
@@ -180,7 +180,7 @@ def log() -> None:
 
 
 def _of_one_record(command: Callable[..., None]) -> Callable[..., None]:
-    """What names the record, and who says so why."""
+    """Add the arguments and options that name the record, the actor and the reason."""
     for add in (
         common_options(shown=("log_url", "internal_secret")),
         ACTOR,

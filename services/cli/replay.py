@@ -1,4 +1,4 @@
-"""`replay` and `digest`: folding a view again, and telling whether two are the same."""
+"""`replay` and `digest`: folding a view again, and comparing views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`serve`, `gateway`, `projector`, `webhooks` and `migrate`: the product's processes, and what they stand on."""
+"""`serve`, `gateway`, `projector`, `webhooks` and `migrate`: the product's processes, and the storage they need."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _PARTS = ("log_url", "blobs_url", "views_url")
 
 
 def begin_to_run(settings: Settings) -> None:
-    """What every process that runs long begins with: log lines with times, rare garbage collection, no core dumps.
+    """Set up a long-running process: log lines with times, rare garbage collection, no core dumps.
 
     A core dump would hold the secrets of the settings and the tokens of requests.
     """
     collect_rarely()
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    # What our lines do not show is not looked up for each of them ("Optimization" in Python's Logging HOWTO).
+    # Do not look up for each line what our lines do not show ("Optimization" in Python's Logging HOWTO).
     logging._srcfile = None
     logging.logThreads = logging.logMultiprocessing = False
     logging.basicConfig(stream=sys.stderr, level=settings.log_level.upper())
@@ -58,7 +58,7 @@ def begin_to_run(settings: Settings) -> None:
 
 
 def _several(command: Decorated) -> Decorated:
-    """Add `--processes`, and what each of these is told by the one that starts them."""
+    """Add `--processes`, and the hidden option by which the starting process configures each of them."""
     command = click.option("--member", hidden=True)(command)
     return click.option(
         "--processes",
@@ -113,9 +113,9 @@ async def _serve(settings: Settings, member: str | None, max_parked: int | None)
                     await server.run(settings, stop=stop, member=one_of, metrics=metrics)
                 finally:
                     stop.set()
-                    await asyncio.wait([projecting, delivering])  # what is folded comes to its end; nothing is cut off
+                    await asyncio.wait([projecting, delivering])  # the running fold ends, and nothing is cut off
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None  # what went wrong first ended the other: people need that one alone
+            raise errors.exceptions[0] from None  # the first failure cancelled the others, so people only need that one
         return projecting.result()
 
 
@@ -254,7 +254,7 @@ async def _deliver(settings: Settings, stop: asyncio.Event, registry: CollectorR
     from services.webhooks.deliverer import Deliverer, DeliveryMetrics
     from services.webhooks.targets import Targets
 
-    listen_address(settings)  # refuses what a gateway refuses: an open address where nobody has to prove who they are
+    listen_address(settings)  # refuses, as a gateway does, to listen beyond loopback without authentication
     async with (
         log_and_views() as (log, views),
         Authenticator.open(settings) as authenticator,
@@ -265,15 +265,15 @@ async def _deliver(settings: Settings, stop: asyncio.Event, registry: CollectorR
 
 
 class _SettingsError(click.ClickException):
-    """What went wrong is for the settings to mend."""
+    """A failure that must be mended in the settings."""
 
     exit_code = 2
 
 
 def _end(stopped: Mapping[str, Exception]) -> None:
-    """End as a gateway does that meets the same: exit code 1 when a projection could not go on, 2 for settings.
+    """End with a gateway's exit code for such failures: 1 if a projection could not continue, 2 for settings.
 
-    Each has said why in the log when it happened.
+    Each failure was logged when it happened.
     """
     from artifact_store.errors import ConfigurationError
 
@@ -296,7 +296,7 @@ def migrate() -> None:
 
 
 async def _of_another_log(log: Log, views: Views) -> dict[str, str]:
-    """The views that were folded from another log: why they cannot be used, and what mends it."""
+    """The views that were folded from another log, by name: why they cannot be used, and what mends it."""
     from artifact_store.errors import LogIdentityError
     from services.views.engine.checkpoints import read_position, require_same_log
     from services.views.projections import PROJECTIONS

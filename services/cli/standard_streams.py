@@ -1,4 +1,4 @@
-"""Standard input, output and error, and the signals of a command that a person ends."""
+"""Standard input, output and error, and the signals by which a person ends a command."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _INPUT, _OUTPUT, _ERROR = range(3)
 def open_missing_streams() -> None:
     """Open /dev/null in place of each standard stream that is closed.
 
-    Otherwise the next file or socket gets its number, and what is printed goes there; libuv aborts. What is written is
-    gone then; reading fails, since an end at once would be recorded as a file without bytes.
+    Otherwise the next file or socket would get its number and receive what is printed, and libuv would abort. Output is
+    discarded. Reading fails, because an immediate end would be recorded as an empty file.
     """
     for number in (_INPUT, _OUTPUT, _ERROR):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_WRONLY)  # gets the least number that is free, which is this one
+            os.open(os.devnull, os.O_WRONLY)  # gets the lowest free number, which is this one
             os.set_inheritable(number, True)
     if sys.stdin is None:
         sys.stdin = os.fdopen(_INPUT, closefd=False, encoding="utf-8")
@@ -42,12 +42,12 @@ _CHUNKS_AHEAD = 2
 
 
 def standard_input() -> AsyncIterator[bytes]:
-    """What comes, up to its end. Memory is bounded. Raises OSError when reading fails."""
+    """Standard input, up to its end. Memory is bounded. Raises OSError if reading fails."""
     return _read(sys.stdin.fileno)
 
 
 def named_pipe(path: Path) -> AsyncIterator[bytes]:
-    """As `standard_input`, of what is to be found by that name."""
+    """As `standard_input`, for the named pipe at this path."""
     return _read(partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC))  # which waits for a writer
 
 
@@ -59,7 +59,7 @@ async def _read(opened: Callable[[], int]) -> AsyncIterator[bytes]:
         asyncio.run_coroutine_threadsafe(come.put(what), loop).result()
 
     def read() -> None:
-        # Once nobody wants more, the loop is closed or the waiting cancelled.
+        # When the reader has stopped, the loop is closed or the waiting is cancelled.
         with suppress(RuntimeError, concurrent.futures.CancelledError, TimeoutError):
             try:
                 descriptor = opened()
@@ -77,9 +77,10 @@ async def _read(opened: Callable[[], int]) -> AsyncIterator[bytes]:
 
 
 def end_as_interrupted() -> None:
-    """From now on SIGTERM is what Ctrl-C is, so that what the command made in passing is removed on the way out.
+    """From now on, treat SIGTERM like Ctrl-C, so that the command removes its temporary files on the way out.
 
-    Also where Ctrl-C is ignored, as in what a script starts with `&` (POSIX, shell command language, 2.12).
+    Also works where Ctrl-C is ignored, as in a command that a script starts with `&` (POSIX, shell command language,
+    2.12).
     """
     task = asyncio.current_task()
     if task is not None:

@@ -1,6 +1,6 @@
-"""`status`: how far the views are, which processes run, who writes to each partition, and what holds it up.
+"""`status`: the progress of the views, the running processes, and the writer of each partition with its troubles.
 
-The groups say who owns a partition and who runs a projection; each gateway says itself how it is.
+The groups know who owns a partition and who runs a projection; each gateway reports its own health.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _say_projections(projections: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _counted(releases: Sequence[str] | None) -> str | None:
-    """How many processes there are of each release."""
+    """The number of processes of each release."""
     if releases is None:
         return None
     return ", ".join(f"{number} of {release}" for release, number in sorted(Counter(releases).items())) or "none"
@@ -118,7 +118,7 @@ async def _status() -> dict[str, Any]:
         end, trouble = await log.end(), None
         try:
             found = await projections(log, views, end)
-        except (UnavailableError, ConfigurationError) as error:  # who writes is known without the views
+        except (UnavailableError, ConfigurationError) as error:  # the writers are known without the views
             found, trouble = [], error.detail
         told = await asyncio.gather(processes(log, settings), writers(log, settings))
         delivered = None if told[1] is None or trouble is not None else await deliveries(views)
@@ -147,7 +147,7 @@ def endpoint(url: str) -> str:
 
 
 async def projections(log: Log, views: Views, end: Position) -> list[dict[str, Any]]:
-    """One object a projection: how far it is behind `end`, who runs it, and what is wrong with it."""
+    """One object for each projection: how far it is behind `end`, who runs it, and what is wrong with it."""
     from artifact_store.position import Position
     from services.views.engine.parking import list_marks
     from services.views.projections import PROJECTIONS
@@ -161,7 +161,7 @@ async def projections(log: Log, views: Views, end: Position) -> list[dict[str, A
                 "projection": name,
                 "position": None if position is None else str(position),
                 "behind": sum(end.left_behind(position).values()),
-                # Who reads a file commits nothing: what a view stands on is its checkpoint.
+                # Readers of a log in a file commit nothing: only the view's checkpoint says how far it is.
                 "committed_behind": None if kafka is None else sum((await log.lag(name)).values()),
                 "parked": len(await list_marks(views, name)),
                 # The releases of the processes that run it.
@@ -177,7 +177,7 @@ async def projections(log: Log, views: Views, end: Position) -> list[dict[str, A
 async def deliveries(views: Views) -> dict[str, Any]:
     """How many subscriptions are active, and what is wrong if nobody delivers to them.
 
-    Waits for a heartbeat of the process that delivers: 2 s as a rule, and 10 s until none counts as gone.
+    Waits for a heartbeat of the delivering process: normally 2 s, and at most 10 s, after which it counts as gone.
     """
     from services.webhooks.subscriptions import Heartbeat, Subscriptions
 
@@ -188,21 +188,21 @@ async def deliveries(views: Views) -> dict[str, Any]:
         while active and not (lapsed := heartbeat.has_lapsed(found)) and found == first:
             await asyncio.sleep(_AGAIN_SECONDS)
             found = await store.beat()
-    except ConfigurationError as error:  # a user of the database who may not look
+    except ConfigurationError as error:  # the database user may not read them
         return {"active": None, "trouble": error.detail}
     nobody = f"no process delivers to {active} active subscriptions: start `artifact-store webhooks`"
     return {"active": active, "trouble": nobody if active and lapsed else None}
 
 
 async def _projectors(log: KafkaLog, name: str) -> list[str]:
-    """The releases of the processes that run the projection; that of those which do not tell it is `unknown`."""
+    """The releases of the processes that run the projection; `unknown` for a process that does not report it."""
     from services.log.kafka.connection import release_of
 
     return [release_of(m.client_id) or "unknown" for m in await _members(log, log.kafka.projector_group(name))]
 
 
 async def _trouble(log: Log, views: Views, projection: Projection) -> str | None:
-    """Why the view cannot go on in this log."""
+    """Why the view cannot continue from this log; None if it can."""
     from artifact_store.errors import CorruptError
     from services.views.engine.checkpoints import check_follows
 
@@ -214,7 +214,7 @@ async def _trouble(log: Log, views: Views, projection: Projection) -> str | None
 
 
 async def _group(log: Log, name: str, stands: Position) -> str | None:
-    """As `group_note`, with what stops the projector as a text like any other."""
+    """As `group_note`, but returns the text of the CorruptError instead of raising it."""
     from artifact_store.errors import CorruptError
 
     try:
@@ -224,7 +224,7 @@ async def _group(log: Log, name: str, stands: Position) -> str | None:
 
 
 async def group_note(log: Log, name: str, stands: Position) -> str | None:
-    """What the next projector does because other tools have reset its group to the log's start; None: nothing.
+    """What the next projector does if other tools have reset its group to the log's start; None if they have not.
 
     Raises CorruptError: they have set it to another offset, which stops the projector.
     """
@@ -236,7 +236,7 @@ async def group_note(log: Log, name: str, stands: Position) -> str | None:
 
 
 async def _building(views: Views, projection: Projection, end: Position) -> dict[str, Any] | None:
-    """The generation that is built beside the live one, or was left by a replay that ended early."""
+    """The build beside the live generation, which a replay is working on, or has left by ending early."""
     from services.views.engine.generations import is_being_built, read_build
 
     async with views.reading(snapshot=True) as connection:
@@ -252,7 +252,7 @@ async def _building(views: Views, projection: Projection, end: Position) -> dict
 
 
 def build_note(name: str, build: Mapping[str, Any]) -> str:
-    """What there is to say of a build."""
+    """The description of a build, for people."""
     if build["running"]:
         return f"a replay by {build['builder']} is running, {build['behind']} events behind"
     return (
@@ -280,9 +280,9 @@ def _kafka(log: Log) -> KafkaLog | None:
 
 
 async def writers(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
-    """One object a partition; None for a log that is a file. The owners are asked with the credentials of `settings`.
+    """One object for each partition; None if the log is a file. Asks the owners with the credentials of `settings`.
 
-    Of a partition whose owner does not answer `trouble` says why. Raises UnavailableError: Kafka cannot be asked.
+    If an owner does not answer, `trouble` says why. Raises UnavailableError: Kafka cannot be asked.
     """
     if (kafka := _kafka(log)) is None:
         return None
@@ -292,7 +292,7 @@ async def writers(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
 
 
 async def processes(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
-    """One object a gateway process: its release, and what it says of itself. As `writers`."""
+    """One object for each gateway process: its release, and what it reports about itself. Otherwise as `writers`."""
     if (kafka := _kafka(log)) is None:
         return None
     members = [*await _gateways(kafka), *await _members(kafka, kafka.kafka.aside_group)]
@@ -318,7 +318,7 @@ _CERTIFICATE_DAYS = 14
 
 
 def troubles_of(process: Mapping[str, Any]) -> list[str]:
-    """What is wrong with one of `processes`, of all that it says."""
+    """What is wrong with one of `processes`, according to its report."""
     found = [] if process["trouble"] is None else [process["trouble"]]
     found += [f"{name}: {cause}" for name, cause in process["components"].items() if cause is not None]
     if abs(skew := process["clock_skew_seconds"] or 0.0) > _SKEW_SECONDS:
@@ -332,14 +332,14 @@ def troubles_of(process: Mapping[str, Any]) -> list[str]:
 
 
 def room_needed(free_bytes: int | None) -> str | None:
-    """What is wrong with a disk that has so much room; None if nothing is."""
+    """What is wrong with a disk that has this much free space; None if it is enough."""
     if free_bytes is None or free_bytes >= _LEAST_FREE_BYTES:
         return None
     return f"has {free_bytes >> 20} MiB free: make room for at least 1 GiB"
 
 
 def certificate_notes(ends: Mapping[str, float]) -> list[str]:
-    """The certificates that have ended or are about to, by setting; `ends` are in seconds since 1970."""
+    """Notes on certificates that have expired or soon will; `ends` are expiry times by setting, in s since 1970."""
     from artifact_store.documents.times import to_text
 
     found = []
@@ -354,11 +354,10 @@ def certificate_notes(ends: Mapping[str, float]) -> list[str]:
 
 
 async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> Acknowledgement:
-    """Have the gateway that writes to the partition record what an operator confirmed; blocks until it is recorded.
+    """Ask the gateway that writes to the partition to record an operator's confirmation; blocks until it is recorded.
 
-    Raises ConfigurationError: the log is a file. UnavailableError: no gateway writes to the partition, or it gives no
-    answer; whether it was recorded is unknown then, and confirming it again is safe. Otherwise as
-    `KafkaWriter.confirm_here`.
+    Raises ConfigurationError: the log is a file. UnavailableError: no gateway writes to the partition, or it does not
+    answer; the confirmation may be recorded then, and repeating it is safe. Otherwise as `KafkaWriter.confirm_here`.
     """
     from ingest_gateway.peers.authentication import PeerCredentials
     from ingest_gateway.peers.forwarding import HttpForwarder
@@ -385,7 +384,7 @@ async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> A
 
 
 def irregular(writer: Mapping[str, Any]) -> str | None:
-    """What the partition of one of `writers` holds that is passed over; None when there is no such record."""
+    """How many records of this partition are passed over, and packages quarantined; None if there are none."""
     if not any(writer[name] for name in ("skipped", "repeated", "quarantined")):
         return None
     return "{skipped} records skipped, {repeated} repeated, {quarantined} packages quarantined".format(**writer)
@@ -426,7 +425,7 @@ async def _gateways(log: KafkaLog) -> list[Member]:
 
 
 async def _members(log: KafkaLog, group: str) -> list[Member]:
-    """The members of a group, once it is not between two assignments; none if it stays so."""
+    """The members of a group, after waiting for a rebalance to end; empty if it does not."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _SETTLED_SECONDS
     while True:
@@ -439,7 +438,7 @@ async def _members(log: KafkaLog, group: str) -> list[Member]:
 async def _told(
     urls: Iterable[str], settings: Settings, question: Callable[[Any, str], Awaitable[_Told]]
 ) -> dict[str, _Told | str]:
-    """By URL of a gateway, its answer to a question that a forwarder asks, or why there is none."""
+    """The answers of gateways to a forwarder's question, by URL; for a gateway without an answer, the reason."""
     from ingest_gateway.peers.authentication import PeerCredentials
     from ingest_gateway.peers.forwarding import HttpForwarder
 

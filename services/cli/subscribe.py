@@ -1,4 +1,4 @@
-"""`subscriptions`: have a gateway's events sent to a URL, and see what became of them."""
+"""`subscriptions`: have a gateway's events sent to a URL, and see the deliveries."""
 
 from __future__ import annotations
 

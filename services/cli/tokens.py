@@ -1,4 +1,4 @@
-"""`tokens` and `policy`: who may use a gateway, by static tokens and by the policy file. Both work on files alone."""
+"""`tokens` and `policy`: static tokens and the policy file, which say who may use a gateway. Both work on files."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def revoke(which: str) -> None:
 
 
 def _recorded(action: str, about: str, change: Callable[[], Changed]) -> Changed:
-    """What `change` returns. The audit stream has it, if the settings name one; that is opened first."""
+    """The result of `change`, which is also audited if the settings name an audit file. That file is opened first."""
     from services.identity.actors import local_actor
     from services.identity.audit import Audit
 

@@ -1,4 +1,4 @@
-"""`push` and `pull` move whole trees; `add` and `finalize` fill and freeze a package that is open."""
+"""`push` and `pull` transfer whole trees; `add` and `finalize` fill and freeze an open package."""
 
 from __future__ import annotations
 

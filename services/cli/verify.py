@@ -1,4 +1,4 @@
-"""`verify`: the oracle, with its progress on standard error and exit code 1 when anything is broken."""
+"""`verify`: runs the oracle, with progress on standard error, and exit code 1 if any invariant is broken."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def _verify(metrics: RunMetrics, *, check_bytes: bool, remove_orphans: boo
 
 
 def progress_line(report: Report, seconds: float) -> str:
-    """How far a verification has come after so many seconds."""
+    """The progress of a verification after this many seconds, as a line."""
     parts = [f"{report.events:,} events"]
     if report.expected_blobs:
         parts.append(f"{report.blobs:,} of {report.expected_blobs:,} blobs")
