@@ -2,7 +2,7 @@
 
 A reader for every follower would cost threads, connections and descriptors that writes need. A follower has its own
 reader only while it catches up on events that the tail no longer keeps. It takes all others from the shared tail, so a
-follower that reconnects soon costs little. Clients that read to the log's end and stop share the same bounded
+follower that reconnects soon costs little. Clients that read up to the log's end and then stop share the same limited
 number of readers.
 """
 
@@ -27,29 +27,29 @@ from services.log.port import Log, PackageExtent, partition_read
 from services.registry.origins import ExtentOf, Origins, in_order_of_time
 
 ROOM_BYTES = 8 << 20
-"""Bytes of the tail that are kept for followers that lag a little."""
+"""How many bytes of the tail are kept for followers that lag a little."""
 
 READERS = 16
-"""How many clients catch up at a time, each with some ten descriptors; others wait for their turn."""
+"""How many clients may catch up at a time, each with about ten descriptors; others wait for their turn."""
 
 TURN_SECONDS = 10.0
 """How long a client may catch up while others wait for a turn."""
 
 PATIENCE_SECONDS = 2.0
-"""Seconds after which a client that takes nothing loses its turn."""
+"""A client that takes nothing for this long loses its turn (s)."""
 
 MARK_SECONDS = 5.0
 """How often a client whose events are all filtered out gets its position."""
 
 _AT_ONCE_BYTES = 48 * 1024
-"""So that what a follower gets at once does not exceed what a connection buffers before it waits, 64 KiB."""
+"""The most that a follower gets at once. It stays below the 64 KiB that a connection buffers before it waits."""
 
 _AT_ONCE_EVENTS = 1000
 _BREATH = 200
-"""Events after which reading yields to the event loop."""
+"""Reading yields to the event loop after this many events."""
 
 _LENIENT_SECONDS = 2.0
-"""How long reading waits in all while most followers need the oldest events, until they have caught up again."""
+"""How long reading may wait in total while most followers need the oldest events, until they have caught up again."""
 
 _EVENT_BYTES, _OFFSET_BYTES = 500, 100
 """Estimated bytes of memory for an event beside its texts, and for each offset of its position."""
@@ -61,11 +61,11 @@ Frame = Callable[[str, bytes, str], bytes]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Form:
-    """How a client gets events. Followers with the same object share what is made for them."""
+    """The form in which a client gets events. Followers with the same object share the bytes made for them."""
 
     frame: Frame
     manifests: bool = True
-    """Whether events that finalize packages hold their manifests."""
+    """Whether events that finalize packages contain their manifests."""
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class TailEvent:
     event_type: str
     head: bytes
     lean_head: bytes
-    """Without a manifest."""
+    """The head without a manifest."""
     position: Position
     position_text: str
     _pieces: dict[Form, bytes] = field(default_factory=dict)
@@ -93,19 +93,19 @@ class TailEvent:
 
     @property
     def size(self) -> int:
-        """Estimated bytes of memory, with what it becomes as a line and as a server-sent event."""
+        """Estimated bytes of memory, including its forms as a line and as a server-sent event."""
         texts = 3 * (len(self.head) + len(self.position_text))
         return texts + _OFFSET_BYTES * len(self.position.offsets) + _EVENT_BYTES
 
     def piece(self, form: Form) -> bytes:
-        """What a client gets that stands where the tail does; made once for all of them."""
+        """The bytes for a client that has read as far as the tail; made once for all such clients."""
         found = self._pieces.get(form)
         if found is None:
             found = self._pieces[form] = self.piece_at(form, self.position_text)
         return found
 
     def piece_at(self, form: Form, position: str) -> bytes:
-        """What a client gets that has read further in some partition, so that the event takes it to `position`."""
+        """The bytes for a client that has read further in some partition, so that its position becomes `position`."""
         return form.frame(self.event_type, self.head if form.manifests else self.lean_head, position)
 
 
@@ -123,7 +123,7 @@ class Tail:
         extent: ExtentOf | None = None,
         origins: Origins | None = None,
     ) -> None:
-        """`extent` tells where a package's events lie, which spares reading all of its partition.
+        """`extent` finds where a package's events lie, which saves reading its whole partition.
 
         Events are filtered by the `origins` of their packages.
         """
@@ -152,17 +152,17 @@ class Tail:
         *,
         quiet_seconds: float = math.inf,
     ) -> AsyncGenerator[bytes]:
-        """Wanted events after `since`, each once, one or more to a piece; never ends.
+        """Wanted events after `since`, each once, one or more per piece; never ends.
 
-        With `mark`, a client gets its position now and then while events are passed over.
+        With `mark`, a client gets its position from time to time while events are filtered out.
 
         The first empty piece means that the follower has caught up; another one comes whenever there was nothing for
         `quiet_seconds`. Memory is bounded however slow the caller is. Raises as `Log.read`. A record that cannot be
-        decoded does not end a follower of another package, unless the follower meets such a record first of all.
+        decoded does not end a follower of another package, unless it is the first record that the follower reads.
         """
         at, clock = _Standing(since), asyncio.get_running_loop().time
         if wanted.package_id is not None:
-            mark = None  # of a package that is hidden, even a position would tell that there is such a package
+            mark = None  # even a position would reveal that a hidden package exists
         marked, untold, joined = clock(), False, False
         while True:
             async with self._seat(wanted, form) as seat:
@@ -205,7 +205,7 @@ class Tail:
                 except CorruptError:
                     if wanted.package_id is None:
                         raise
-                    # It may be another package's record: this one's later events can still be read from the log.
+                    # It may be another package's record: later events of this one can still be read from the log.
             # Or it was too slow, and the events that it missed are no longer kept.
             at.caught_up = at.in_step = False
 
@@ -219,10 +219,10 @@ class Tail:
         *,
         by_time: bool = False,
     ) -> AsyncGenerator[bytes]:
-        """Wanted events after `since` up to `until`, one or more to a piece; those of all partitions `by_time`.
+        """Wanted events after `since` up to `until`, one or more per piece. With `by_time`, sorted by their times.
 
         Takes turns with followers that catch up. Memory is bounded however slow the caller is. Raises as `Log.read`.
-        `mark` is that of `follow`.
+        For `mark` see `follow`.
         """
         at = _Standing(since)
         while not at.caught_up:
@@ -272,7 +272,7 @@ class Tail:
                     yield form.frame(event.event_type, head, str(event.position))
                 if self._turns.locked() and asyncio.get_running_loop().time() > turn_ends:
                     return
-        # Of one package that is hidden, even a position would tell that there is such a package.
+        # Even a position would reveal that a hidden package exists.
         if not seen and mark is not None and package_id is None:
             yield mark(str(at.position))
         at.caught_up = True
@@ -294,7 +294,7 @@ class Tail:
 
 @dataclass(slots=True)
 class _Standing:
-    """How far events were read for a client."""
+    """How far a client has read."""
 
     position: Position | None
     caught_up: bool = False
@@ -304,7 +304,7 @@ class _Standing:
 
 @dataclass(slots=True)
 class _Found:
-    """What a follower gets of some events of the tail."""
+    """The bytes that a follower gets for some events of the tail."""
 
     data: bytes
     end: int
@@ -312,7 +312,7 @@ class _Found:
     position: Position | None
     """The position after them."""
     passed_over: bool
-    """Whether the last of them was passed over."""
+    """Whether the last of them was filtered out."""
 
 
 class _Run:
@@ -326,17 +326,17 @@ class _Run:
         self._kept_bytes = 0
         self._first = 0  # the number of the oldest that is kept
         self._kept_from: Position
-        """The position before the oldest that is kept."""
+        """The position before the oldest kept event."""
         self._begun = asyncio.Event()
         self.position: Position
-        """The position after the last event that was read; there is one once reading has begun."""
+        """The position after the last event that was read; only set once reading has begun."""
         self._waiting: set[asyncio.Future[None]] = set()
         self._channels: dict[tuple[EventFilter, Form], _Channel] = {}
         self._pieces: OrderedDict[tuple[_Channel, int], _Found] = OrderedDict()
         self._pieces_bytes = 0
         self._seats: set[_Seat] = set()
         self._waited = 0.0
-        """Seconds that reading has waited for followers since most of them were last near the end."""
+        """How long reading has waited for followers since most of them were last near the end (s)."""
         self._task = asyncio.create_task(self._read())
         self._task.add_done_callback(self._ended)
 
@@ -351,7 +351,7 @@ class _Run:
         return self._first + len(self._kept)
 
     async def seat(self, wanted: EventFilter, form: Form) -> _Seat:
-        """A seat after all events read so far. Raises what reading raised."""
+        """A seat after all events read so far. Raises whatever reading raised."""
         await self._begun.wait()
         self.require()
         channel = self._channels.get((wanted, form))
@@ -369,14 +369,14 @@ class _Run:
             self._channels.pop((channel.wanted, channel.form), None)
 
     def events(self, number: int) -> Sequence[TailEvent] | None:
-        """Events from this number on, up to _AT_ONCE_EVENTS; None when the first of them is no longer kept."""
+        """Events from this number on, up to _AT_ONCE_EVENTS; None if the first of them is no longer kept."""
         if number < self._first:
             return None
         start = number - self._first
         return list(islice(self._kept, start, start + _AT_ONCE_EVENTS))
 
     def first_after(self, position: Position) -> int | None:
-        """The number of the first event after this position of the log; None when some of those may not be kept."""
+        """The number of the first event after this position; None if some events after it may not be kept."""
         if not position.covers(self._kept_from):
             return None
         offsets = position.offsets
@@ -384,9 +384,9 @@ class _Run:
         return self._first + sum(1 for _ in read)
 
     async def shared(self, channel: _Channel, number: int) -> _Found | None:
-        """What followers of a channel get that are in step and stand before this event; made once.
+        """The bytes for followers of a channel that are in step and before this event; made once.
 
-        None when the event is no longer kept. There must be such an event.
+        None if the event is no longer kept. The number must be that of an event that was read.
         """
         found = self._pieces.get((channel, number))
         if found is None:
@@ -399,13 +399,13 @@ class _Run:
         return found
 
     def require(self) -> None:
-        """Raise what reading raised, if it is over."""
+        """Raise whatever reading raised, if it is over."""
         if self.over:
             self._task.result()
             raise UnavailableError("the log is no longer followed")
 
     def wait(self) -> asyncio.Future[None]:
-        """A future that is done when there is another event, or reading is over. Pass it to `forget` in any case."""
+        """A future that is done when there is another event, or reading is over. Always pass it to `forget`."""
         waiting = asyncio.get_running_loop().create_future()
         self._waiting.add(waiting)
         return waiting
@@ -435,8 +435,8 @@ class _Run:
                     await self._be_lenient()
 
     async def _be_lenient(self) -> None:
-        """Wait while most followers still need the oldest events, which are dropped next, so that they do not all catch
-        up by themselves. A few slow ones are not waited for, and many only for _LENIENT_SECONDS."""
+        """Wait while most followers still need the oldest events, which are dropped next. Otherwise all of them would
+        catch up with separate readers. A few slow followers are not waited for, and many only for _LENIENT_SECONDS."""
         while len(self._kept) > 2 * _BREATH and self._kept_bytes > self._room_bytes * 3 // 4:
             soon_dropped = self._first + len(self._kept) // 2
             if 2 * sum(seat.number < soon_dropped for seat in self._seats) <= len(self._seats):
@@ -468,7 +468,7 @@ class _Run:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
-            task.exception()  # retrieved here in case nobody is left to await it
+            task.exception()  # retrieve it here, in case nobody awaits the task
         self._begun.set()
         self._wake()
 
@@ -483,10 +483,10 @@ class _Channel:
         self.seats = 0
 
     async def make(self, number: int, at: _Standing | None) -> _Found | None:
-        """What a follower gets that stands before this event: so many events that they come to _AT_ONCE_BYTES.
+        """The bytes for a follower that is before this event: as many events as fit into _AT_ONCE_BYTES.
 
-        With `at`, the follower may have read some of them, or be further than the tail in some partition. None when
-        the event is no longer kept.
+        With `at`, the follower may have read some of them, or be further than the tail in some partition. None if the
+        event is no longer kept.
         """
         events = self._run.events(number)
         if events is None:
@@ -532,7 +532,7 @@ class _Seat:
         """The number of the event that the follower gets next."""
         self._waiting: asyncio.Future[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        """Wakes the follower. It is left alone when events come, since most timers would be set in vain."""
+        """Wakes the follower. It is not cancelled when events come, because most timers would be set in vain."""
 
     def __enter__(self) -> _Seat:
         return self
@@ -543,9 +543,9 @@ class _Seat:
             self._alarm.cancel()
 
     async def wait(self, until: float) -> bool:
-        """Wait for an event. Returns False when `until` has come, by the event loop's clock, and there is none.
+        """Wait for an event until `until`, by the event loop's clock (s). Returns whether there is one.
 
-        Raises what reading raised.
+        Raises whatever reading raised.
         """
         run, loop = self._run, asyncio.get_running_loop()
         while self.number >= run.end:
@@ -569,9 +569,10 @@ class _Seat:
             self._waiting.set_result(None)
 
     def go_back(self, position: Position | None) -> int:
-        """Go back to the first event after this position, if all of those are kept. Returns the number after them.
+        """Go back to the first event after this position, if all events from there on are kept.
 
-        Returns 0 when they are not all kept. The follower must not have taken anything yet.
+        Returns the number after the last of them, or 0 if they are not all kept. The follower must not have taken
+        anything yet.
         """
         number = None if position is None else self._run.first_after(position)
         if number is None:
@@ -580,14 +581,14 @@ class _Seat:
         return self._run.end
 
     def is_abreast_of(self, position: Position | None) -> bool:
-        """Whether no event of the tail waits for the follower, who has read up to there, and no further than it."""
+        """Whether the follower has read exactly as far as the tail, so that no event waits for it."""
         run = self._run
         return self.number == run.end and (position is None or run.position.covers(position))
 
     async def take(self, at: _Standing) -> _Found | None:
-        """What the follower gets next of the events that are there, in order; None when some were dropped before.
+        """The next bytes for the follower, in order; None if events were dropped before it could take them.
 
-        Moves `at` on.
+        Advances `at`.
         """
         if at.in_step:
             found = await self._run.shared(self._channel, self.number)
@@ -601,7 +602,7 @@ class _Seat:
 _LOOK_SECONDS = 0.01
 
 AHEAD_BYTES = 64 * 1024
-"""Bytes that may wait for a slow client; beyond them reading pauses. One more event may exceed it."""
+"""How many bytes may wait for a slow client. Reading pauses above that; one event may exceed it."""
 
 
 class Feed:
@@ -618,8 +619,8 @@ class Feed:
     async def take(self) -> bytes | None:
         """Wait for lines and return all bytes that are waiting; None at the end.
 
-        Returns no bytes when an empty line was read, which means only that nothing has failed so far. Cancelling it
-        loses nothing. Raises what reading the lines raised, after the bytes that came before.
+        Returns no bytes if an empty line was read, which only means that nothing has failed so far. Cancelling it loses
+        nothing. Raises whatever reading the lines raised, after the bytes that came before.
         """
         await self._news.wait()
         if not self._waiting and self._reader.done():
@@ -633,7 +634,7 @@ class Feed:
         return piece
 
     async def take_within(self, seconds: float) -> bytes | None:
-        """As `take`, and no bytes as well when there was nothing for so many seconds."""
+        """As `take`, but also returns no bytes if there was nothing for this many seconds."""
         if math.isinf(seconds):
             return await self.take()
         scope = asyncio.timeout(seconds)
@@ -666,9 +667,9 @@ class Feed:
 
 @asynccontextmanager
 async def feed(lines: AsyncGenerator[bytes], patience: float | None = None) -> AsyncIterator[Feed]:
-    """A feed of these lines for the length of the block.
+    """A feed of these lines, which lasts as long as the block.
 
-    With `patience`, it ends early when AHEAD_BYTES wait and the client takes nothing for so many seconds.
+    With `patience`, it ends early if AHEAD_BYTES wait and the client takes nothing for this many seconds.
     """
     opened = Feed(lines, patience)
     try:

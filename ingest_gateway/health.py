@@ -1,6 +1,6 @@
-"""Readiness: whether a gateway can take writes; and whether somebody delivers what subscribers wait for.
+"""Readiness: whether a gateway can take writes; and whether a process delivers to subscriptions.
 
-Probes and metrics share one check.
+Probes and metrics share the results of one check.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from services.webhooks.subscriptions import Heartbeat, Subscriptions
 _log = logging.getLogger(__name__)
 
 Check = Callable[[], Awaitable[str | None]]
-"""Checks one part: returns None when it works, else the cause. An ArtifactStoreError counts as a cause."""
+"""Checks one part: returns None if it works, else the cause. An ArtifactStoreError counts as a cause."""
 
 CHECK_SECONDS = 3.0
-"""Seconds after which a part that has not answered counts as down."""
+"""A part that does not answer within this time counts as down."""
 
 
 FRESH_SECONDS = 1.0
@@ -87,12 +87,12 @@ class ReadyAnswers:
         self._found: Readiness | None = None
         self._until = 0.0
         self._failing: dict[str, float] = {}
-        """Since when components have failed at every look."""
+        """Since when components have failed in every check."""
         self._told: set[str] = set()
-        """Of which the log has it."""
+        """The components whose failure was logged."""
 
     async def now(self) -> Readiness:
-        """The last result if it is younger than FRESH_SECONDS, else a new one. Waits CHECK_SECONDS at most."""
+        """The last result if it is younger than FRESH_SECONDS, else a new one. Waits at most CHECK_SECONDS."""
         loop = asyncio.get_running_loop()
         async with self._checking:
             if self._found is None or loop.time() >= self._until:
@@ -103,9 +103,9 @@ class ReadyAnswers:
     async def watch(self, show: Callable[[str, bool], None], stop: asyncio.Event) -> None:
         """Check every WATCH_SECONDS and call `show` with each component and whether it works, until `stop` is set.
 
-        The log says which one fails at two looks, and when it works again: a process that begins is not ready at once.
-        A check that is under way then comes to its end, which takes CHECK_SECONDS at most: cut off, it would leave a
-        connection of the database's client behind.
+        Logs a component that fails in two checks, because a starting process is not ready at once, and logs when it
+        works again. When `stop` is set, the running check is finished, which takes at most CHECK_SECONDS: cancelled, it
+        would leak a database connection.
         """
         while not stop.is_set():
             try:
@@ -140,9 +140,9 @@ class Deliveries:
         self._heartbeat = heartbeat or Heartbeat()
 
     async def unserved(self) -> int | None:
-        """How many are active while nobody delivers, else 0; None: the database gave no answer in CHECK_SECONDS.
+        """The number of active subscriptions if nobody delivers to them, else 0; None if the database did not answer.
 
-        That a process has vanished takes several looks, LAPSE_SECONDS apart.
+        Waits at most CHECK_SECONDS. It takes several calls, LAPSE_SECONDS apart, to notice that a process has vanished.
         """
         try:
             async with asyncio.timeout(CHECK_SECONDS):
@@ -152,7 +152,7 @@ class Deliveries:
             return None
 
     async def watch(self, show: Callable[[int | None], None], stop: asyncio.Event) -> None:
-        """Call `show` with it every WATCH_SECONDS, until `stop` is set."""
+        """Call `show` with the result of `unserved` every WATCH_SECONDS, until `stop` is set."""
         while not stop.is_set():
             try:
                 show(await self.unserved())

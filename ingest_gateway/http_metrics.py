@@ -20,7 +20,7 @@ _LAG_INTERVAL = 1.0
 
 
 class _Series(NamedTuple):
-    """What is counted of answers with the same labels. Finding it by them costs more than counting."""
+    """The counters for answers with the same labels, kept because looking them up costs more than counting."""
 
     requests: Counter
     seconds: Histogram | None
@@ -29,7 +29,7 @@ class _Series(NamedTuple):
 
 
 class _Deliveries(Collector):
-    """Nothing of what cannot be found out now: an old number would look like a good one."""
+    """Shows no number while it is unknown, because an old number would look like a new one."""
 
     unserved: int | None = None
 
@@ -134,7 +134,7 @@ class Metrics:
         ).set_function(in_use)
 
     def refused(self, what: str, times: int) -> None:
-        """Count refusals for lack of capacity, by their kind. A kind is shown once it was counted, even 0 times."""
+        """Count refusals for lack of capacity, by kind. A kind is shown once this was called for it, even with 0."""
         self._refused.labels(what).inc(times)
 
     def component(self, name: str, works: bool) -> None:
@@ -142,13 +142,13 @@ class Metrics:
         self._up.labels(name).set(works)
 
     def unserved(self, subscriptions: int | None) -> None:
-        """Show how many subscriptions nobody delivers to; nothing of it while that is unknown."""
+        """Show the number of subscriptions to which nobody delivers; None hides it."""
         self._deliveries.unserved = subscriptions
 
     def answered(
         self, route: str, method: str, status: int, seconds: float, received: int, sent: int, *, timed: bool = True
     ) -> None:
-        """Count one request; the numbers of bytes are those of the bodies. Probes are counted and not `timed`."""
+        """Count one request, with the bytes of its bodies. Probes are counted but not `timed`."""
         series = self._series.get((route, method, status))
         if series is None:
             series = self._series[route, method, status] = _Series(

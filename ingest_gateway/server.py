@@ -48,7 +48,7 @@ from services.wiring import Parts, is_embedded, parts
 _log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30.0
-"""How long requests in progress may go on after the gateway was told to stop."""
+"""How long requests in progress may continue after the gateway was told to stop."""
 
 _METRICS_CONNECTIONS = 64
 
@@ -137,13 +137,13 @@ async def serve(
 
 
 async def create_subscriptions(views: Views) -> None:
-    """Create the tables of subscriptions, which `migrate` creates where the parts are not embedded."""
+    """Create the tables of subscriptions. Only for embedded parts; otherwise `migrate` creates them."""
     try:
         await create_tables(views)
     except UnavailableError:
         if views.dialect == "sqlite":
             raise
-        # A database of its own may be away; opening the parts has said so.
+        # A separate database may be down, which was logged when the parts were opened.
 
 
 def _bounds(settings: Settings) -> Bounds:
@@ -184,11 +184,11 @@ async def listening(
     audit: Audit | None = None,
     subscribing: Subscribing | None = None,
 ) -> AsyncIterator[str]:
-    """Listen for the length of the block; yields the URL. Port 0 takes a free one.
+    """Listen within the block; yields the URL. Port 0 takes a free port.
 
     With `member`, accepts connections from the member's socket instead of `host` and `port`. `allowed_hosts` says which
     hosts requests may name, by default those of loopback. With `context`, it speaks TLS. With `metrics_at`, metrics are
-    served there alone, and health there as well.
+    served only there, and health also there.
 
     At the end of the block it accepts no new connection, dismisses followers, waits up to `drain_seconds` for requests
     under way and for clients that may be sending another one, and closes.
@@ -215,7 +215,7 @@ async def listening(
         watching.append(asyncio.create_task(Deliveries(subscribing.store).watch(metrics.unserved, stopped)))
     try:
         async with siblings.telling() if siblings is not None else nullcontext():
-            if metrics_at is not None and (member is None or member.number == 1):  # it has the metrics of all
+            if metrics_at is not None and (member is None or member.number == 1):  # serves the metrics of all members
                 await _site(apart, metrics_at.host, metrics_at.port, None, "ARTIFACT_STORE_METRICS_LISTEN")
             if member is None:
                 site = await _site(runner, host, port, context)
@@ -267,7 +267,7 @@ async def _shared_site(runner: web.ServerRunner, member: Member, context: ssl.SS
     listener = socket.socket(fileno=member.descriptor)
     site = web.SockSite(runner, listener, backlog=_TAKEN_AT_ONCE, ssl_context=context)
     await site.start()
-    listener.listen(_BACKLOG)  # SockSite set the queue's length to its backlog too
+    listener.listen(_BACKLOG)  # again, because SockSite has set the queue's length to its backlog
     return site
 
 
@@ -282,7 +282,7 @@ def bound_socket(settings: Settings) -> socket.socket:
 
 
 def _try_address(address: ListenAddress, setting: str) -> None:
-    """Raises ConfigurationError if nothing can listen there. Blocks on a resolver, unless the host is an address."""
+    """Raise ConfigurationError if nothing can listen there. Blocks on a resolver, unless the host is an address."""
     failed = []
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -307,9 +307,9 @@ def _no_address(host: str, port: int, error: OSError, setting: str = "ARTIFACT_S
 
 
 def listen_address(settings: Settings) -> ListenAddress:
-    """`settings.listen`, read.
+    """`settings.listen` as an address.
 
-    Raises ConfigurationError: it is not HOST:PORT, or not loopback although nothing says that this is meant.
+    Raises ConfigurationError: it is not HOST:PORT, or not loopback although the settings do not allow that.
     """
     try:
         address = ListenAddress.parse(settings.listen)

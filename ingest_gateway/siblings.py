@@ -1,8 +1,8 @@
 """One gateway of several processes behind one address.
 
 The first process binds the address once and hands the socket to all others, which accept connections from it; it serves
-no requests itself. Each of the others is a whole gateway: a member of the group of writers with an internal listener of
-its own. They share the folder of the writers' state, where a lock guards each partition, so that one process goes on
+no requests itself. Each of the others is a whole gateway: a member of the group of writers with its own internal
+listener. They share the folder of the writers' state, where a lock guards each partition, so that one process continues
 where another stopped.
 
 Whichever process a scrape reaches answers with the metrics of all, each labelled with its process number. Otherwise
@@ -47,7 +47,7 @@ class Siblings:
 
     @asynccontextmanager
     async def telling(self) -> AsyncIterator[None]:
-        """Serve this process's metrics to the others for the length of the block."""
+        """Within the block, serve this process's metrics to the others."""
 
         async def tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
@@ -93,7 +93,7 @@ class _Families(Collector):
 
 
 def merged(texts: Mapping[int, bytes | None]) -> bytes:
-    """Merge expositions by process number; every sample gets the label `process`. None: a process is down."""
+    """Merge expositions, given by process number; every sample gets the label `process`. None: a process is down."""
     up = GaugeMetricFamily(
         "artifact_store_process_up",
         "1 for each process behind the same address, 0 for one that did not answer",
@@ -129,7 +129,7 @@ class Member:
     folder: str
 
     def text(self) -> str:
-        """For the command line of the process."""
+        """The member as text, for the command line of the process."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -161,7 +161,7 @@ async def run_processes(
             own = replace(settings, **internal_addresses(settings, number, processes))
             arguments = [*PYTHON, "-m", "services.cli", command, "--member", member.text()]
             commands.append(Command(arguments, {**os.environ, **own.environment()}, (listener.fileno(),)))
-        # New connections are refused from then on: nobody would accept them.
+        # From then on new connections are refused, because nobody would accept them.
         return await run_all(commands, rule, stop, when_ending=listener.close)
 
 

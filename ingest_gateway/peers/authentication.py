@@ -1,8 +1,8 @@
-"""How the gateways of one deployment know each other: by certificates, or by a secret that they share.
+"""How the gateways of one deployment authenticate each other: by certificates, or by a shared secret.
 
-Certificates prove both sides. A secret proves who asks, but not who answers: whoever joins the group of writers can
-advertise an address of its own, and other gateways then send the secret there. Use a secret on loopback, or until every
-gateway has a certificate. On loopback, gateways of one user share a secret that the first of them makes.
+Certificates authenticate both sides. A secret authenticates the client but not the server: anybody who joins the group
+of writers can advertise their own address, and other gateways then send the secret there. Use a secret on loopback, or
+until every gateway has a certificate. On loopback, gateways of one user share a secret that the first of them creates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FILES = "ARTIFACT_STORE_PEER_CERT, ARTIFACT_STORE_PEER_KEY or ARTIFACT_STORE_PE
 
 
 class PeerCredentials:
-    """What a gateway, or a command of an operator, proves itself by, and what it asks of others."""
+    """The credentials of a gateway or an operator's command, and the credentials that it accepts."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class PeerCredentials:
         asks: tls.ReloadedContext | None = None,
         serves: ssl.SSLContext | None = None,
     ) -> None:
-        """`secret` is sent anywhere, `local_secret` on loopback alone. `asks` and `serves` are of the certificates."""
+        """`secret` may be sent anywhere, `local_secret` only on loopback. `asks` and `serves` use the certificates."""
         self._secret = secret
         self._local_secret = local_secret
         self._asks = asks
@@ -49,7 +49,7 @@ class PeerCredentials:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """Those of the settings. Blocks on files. Raises ConfigurationError."""
+        """The credentials in the settings. Blocks on files. Raises ConfigurationError."""
         cert, key, ca = settings.peer_cert, settings.peer_key, settings.peer_ca
         if (cert is None) != (key is None) or (cert is not None and ca is None):
             raise ConfigurationError(
@@ -65,7 +65,7 @@ class PeerCredentials:
 
     @property
     def for_loopback_alone(self) -> bool:
-        """Whether they prove nothing to gateways of other machines."""
+        """Whether gateways on other machines do not accept them."""
         return self._secret is None and self.server_context is None
 
     def admits(self, request: web.Request) -> bool:
@@ -81,7 +81,7 @@ class PeerCredentials:
         return hmac.compare_digest(given, _bearer(secret).encode())
 
     def for_request(self, url: str) -> dict[str, Any]:
-        """Arguments of aiohttp's request to the process at this URL. Raises UnavailableError when it proves nothing."""
+        """Arguments for aiohttp's request to the process at this URL. Raises UnavailableError if it accepts none."""
         parts = urlsplit(url)
         secret = self._secret
         if secret is None and is_loopback(parts.hostname or ""):
@@ -104,14 +104,14 @@ def _bearer(secret: SecretStr) -> str:
 
 
 def _local_secret(state_dir: Path) -> SecretStr:
-    """The secret of this user's gateways on this machine; made when it is missing."""
+    """The secret of this user's gateways on this machine; created if it is missing."""
     home = os.environ.get("XDG_STATE_HOME")
     with suppress(OSError, RuntimeError):  # there is no home folder, or it cannot be written to
         folder = Path(home) if home else Path("~/.local/state").expanduser()
         return SecretStr(_kept(folder / "artifact-store" / "internal-secret"))
     with suppress(OSError):
         return SecretStr(_kept(state_dir / "internal-secret"))
-    return SecretStr(secrets.token_hex(32))  # nowhere to keep it: this gateway can do without others
+    return SecretStr(secrets.token_hex(32))  # it cannot be stored, so this gateway works without others
 
 
 def _kept(path: Path) -> str:
@@ -124,7 +124,7 @@ def _kept(path: Path) -> str:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
         with suppress(FileExistsError):
-            os.link(fresh, path)  # whole or not at all, and the first one's
+            os.link(fresh, path)  # atomic, and the first process wins
     finally:
         fresh.unlink(missing_ok=True)
     return _read(path)

@@ -62,23 +62,23 @@ _CONFIRMATIONS: dict[str, type[Confirmation]] = {"skip": SkipRecord, "accept-los
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """What a gateway process says of itself; later releases add fields, with defaults."""
+    """What a gateway process reports about itself; later releases add fields with defaults."""
 
     release: str
     components: Mapping[str, str | None]
-    """By component, why it does not work; None if it does. As `/readyz` says."""
+    """By component, why it does not work; None if it does. The same as in `/readyz`."""
     clock_skew_seconds: float | None
     """How far the process's clock is ahead of the blob store's (negative: behind); None if that is not known."""
     state_free_bytes: int | None
     """Free space on the disk of the process's state; None if it has no state yet."""
     certificates: Mapping[str, float]
-    """When its certificates end, in seconds since 1970, by setting."""
+    """When its certificates expire, in seconds since 1970, by setting."""
 
 
 _STATUS = TypeAdapter(PartitionStatus)
 _PROCESS = TypeAdapter(ProcessStatus)
 _TOLD = [field.name for field in fields(PartitionStatus) if field.name != "owner"]
-"""What a process says of each of its partitions, in this order."""
+"""The fields that a process reports about each of its partitions, in this order."""
 
 _Message = TypeVar("_Message")
 
@@ -91,10 +91,10 @@ DECODED_AT_ONCE_BYTES = 64 << 10
 """A longer message is decoded in a thread."""
 
 _ANSWER_BYTES = 64 << 10
-"""How long an answer may be beyond the question's own length: to each file of a command it says less than that did."""
+"""How much longer an answer may be than the question: for each file of a command, it has less than the command."""
 
 _STATUS_BYTES = 4 << 20
-"""The same of a process's partitions: some hundred bytes for each."""
+"""The same for a process's report about its partitions: some hundred bytes for each."""
 
 _CONNECT_SECONDS = 2.0
 _TOTAL_SECONDS = 40.0
@@ -112,15 +112,15 @@ class HttpForwarder:
         self._session: aiohttp.ClientSession | None = None
         self._on_their_way: Counter[str] = Counter()
         self._versions: dict[str, int] = {}
-        """By URL: the newest version of messages that the process there is known to read."""
+        """The newest version of messages that the process at each URL is known to read."""
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            # `_place` bounds them. A bound here would let commands of a partition that hangs hold up those of others.
+            # `_place` limits them. A limit here would let commands of a hanging partition delay those of others.
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=_TOTAL_SECONDS, sock_connect=_CONNECT_SECONDS),
             headers={"Content-Type": CONTENT_TYPE, "Accept-Encoding": "identity"},
-            auto_decompress=False,  # an answer is no longer than it looks
+            auto_decompress=False,  # so that an answer cannot become longer than it was sent
         )
         return self
 
@@ -132,11 +132,11 @@ class HttpForwarder:
             await session.close()
 
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
-        """See `Forwarder`. Raises PushBackError, before anything is sent, when too many are in flight."""
+        """See `Forwarder`. Raises PushBackError, before anything is sent, if too many are in flight."""
         with self._place(owner_url):
             version = await self._version_for(owner_url, command)
             answer = await self._post(owner_url, COMMANDS_PATH, encode_command(command, version), version)
-        # Even the first answer says all that both releases know, although the command was in the oldest version.
+        # Even the first answer has all fields that both releases know, although the command was in the oldest version.
         return await decoded(_acknowledgement_of, answer, command, self._versions.get(owner_url, OLDEST))
 
     async def check_ingest(
@@ -161,14 +161,14 @@ class HttpForwarder:
         return decode_status(await self._ask_status(owner_url), owner_url)
 
     async def process(self, owner_url: str) -> ProcessStatus | None:
-        """What the process at this URL says of itself; None if its release cannot tell. Raises UnavailableError."""
+        """The report of the process at this URL; None if its release cannot give one. Raises UnavailableError."""
         try:
             return decode_process(await self._post(owner_url, PROCESS_PATH, b""))
         except _UnknownQuestionError:
             return None
 
     async def confirm(self, owner_url: str, confirmation: Confirmation) -> Acknowledgement:
-        """Have the partition's owner record what an operator confirmed. Raises as `KafkaWriter.confirm_here`."""
+        """Ask the partition's owner to record an operator's confirmation. Raises as `KafkaWriter.confirm_here`."""
         answer = await self._post(owner_url, CONFIRMATIONS_PATH, encode_confirmation(confirmation))
         return _read_acknowledgement(answer, OLDEST)
 
@@ -190,7 +190,7 @@ class HttpForwarder:
 
         A process of the previous release checks no rights, and records no principal beside the actor. So it gets only
         commands without a principal, of senders with all rights, and commands to create packages, which this process
-        can check by itself. Raises ForbiddenError when that check fails, PushBackError for all other commands.
+        can check by itself. Raises ForbiddenError if that check fails, PushBackError for all other commands.
         """
         needed = OLDEST if asked.grants is EVERYTHING else SAYS_GRANTS
         if asked.principal is not None:
@@ -201,7 +201,7 @@ class HttpForwarder:
         if isinstance(asked, CreatePackage) and asked.principal is None:
             require_write(None, asked)
             return version
-        await self._ask_status(owner_url)  # its answer says what the process reads
+        await self._ask_status(owner_url)  # its answer says which versions the process reads
         version = self._versions.get(owner_url, OLDEST)
         if version < needed:
             lacks = "check what a token may do" if asked.principal is None else "record who sent a command for another"
@@ -231,7 +231,7 @@ class HttpForwarder:
     async def _post(
         self, owner_url: str, path: str, body: bytes, version: int = OLDEST, most: int = _ANSWER_BYTES
     ) -> bytes:
-        """The answer, which may be `most` bytes longer than the body. Raises what it says, and UnavailableError."""
+        """The answer, which may be `most` bytes longer than the body. Raises the error in it, and UnavailableError."""
         tracer = tracing.tracer
         if tracer is None:
             return await self._send(owner_url, path, body, version, most)
@@ -248,8 +248,8 @@ class HttpForwarder:
             proof["headers"] |= {WIRE_VERSION: str(version), WIRE_READS: str(VERSION)}
             if trace is not None:
                 proof["headers"]["traceparent"] = trace
-            # aiohttp sends a body, even an empty one, in a task of its own. If the connection goes meanwhile, the error
-            # of an empty body is lost in that task, and Python logs it for each request.
+            # aiohttp sends a body, even an empty one, in a separate task. If the connection is lost meanwhile, the
+            # error of an empty body stays in that task, and Python logs it for each request.
             data = BytesIO(body) if body else None
             async with self._session.post(owner_url + path, data=data, allow_redirects=False, **proof) as response:
                 answer = await _read(response, len(body) + most)
@@ -259,7 +259,7 @@ class HttpForwarder:
             raise UnavailableError(
                 f"the owner of the partition cannot be reached ({type(error).__name__}); the outcome is unknown"
             ) from error
-        if kind != CONTENT_TYPE and status == 403:  # otherwise it is what the owner says of the command
+        if kind != CONTENT_TYPE and status == 403:  # otherwise it is the owner's answer to the command
             raise UnavailableError(
                 "the owner of the partition refuses this gateway's certificate or internal secret: give every gateway "
                 "a certificate of the same authority, or the same ARTIFACT_STORE_INTERNAL_SECRET"
@@ -282,14 +282,14 @@ class HttpForwarder:
 
 
 async def decoded(decode: Callable[..., _Message], body: bytes, *more: Any) -> _Message:
-    """What a message means. Decoding 10,000 files takes tens of milliseconds: that is done beside the event loop."""
+    """Decode a message. A long one is decoded in a thread: 10,000 files take tens of milliseconds."""
     if len(body) <= DECODED_AT_ONCE_BYTES:
         return decode(body, *more)
     return await asyncio.to_thread(decode, body, *more)
 
 
 async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """The body of an answer. Raises UnavailableError when it is longer, or packed."""
+    """The body of an answer. Raises UnavailableError if it is longer than `most`, or compressed."""
     found = bytearray()
     if "Content-Encoding" not in response.headers:
         async for piece in response.content.iter_any():
@@ -302,7 +302,7 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 
 def _unreadable() -> UnavailableError:
-    """No rejection: a command may well be recorded, whatever the answer is."""
+    """The error for an unreadable answer. It is not a rejection, because the command may be recorded."""
     return UnavailableError("the owner of the partition gave an answer that cannot be read")
 
 
@@ -314,7 +314,7 @@ def _read_acknowledgement(data: bytes, version: int) -> Acknowledgement:
 
 
 def _acknowledgement_of(data: bytes, command: Command, version: int) -> Acknowledgement:
-    """The answer to this command. Raises UnavailableError when it is that to another one."""
+    """The answer to this command. Raises UnavailableError if it answers another command."""
     found = _read_acknowledgement(data, version)
     if not may_answer(found, command):
         raise UnavailableError("the owner of the partition answered another command")
@@ -322,7 +322,7 @@ def _acknowledgement_of(data: bytes, command: Command, version: int) -> Acknowle
 
 
 def decode_class(data: bytes) -> str | None:
-    """Read the name of a retention class, None of an owner that does not tell it. Raises UnavailableError."""
+    """Read the name of a retention class; None if the owner does not tell it. Raises UnavailableError."""
     if not data:
         return None
     try:
@@ -334,7 +334,7 @@ def decode_class(data: bytes) -> str | None:
 
 
 def decode_end(data: bytes) -> int:
-    """Read the number of a partition or an offset. Raises UnavailableError when it is neither."""
+    """Read the number of a partition or an offset. Raises UnavailableError if it is neither."""
     try:
         found = cbor2.loads(data)
     except _UNREADABLE:
@@ -350,7 +350,7 @@ def encode_extent(found: PackageExtent | None) -> bytes:
 
 
 def decode_extent(data: bytes) -> PackageExtent | None:
-    """Read what `encode_extent` gave. Raises UnavailableError when it is of another release."""
+    """Read the result of `encode_extent`. Raises UnavailableError if it comes from another release."""
     try:
         match cbor2.loads(data):
             case None:
@@ -365,18 +365,18 @@ def decode_extent(data: bytes) -> PackageExtent | None:
 
 
 def kind_of(confirmation: Confirmation) -> str:
-    """What the command is called by which an operator confirms this."""
+    """The name of the command by which an operator confirms this."""
     return next(kind for kind, shape in _CONFIRMATIONS.items() if type(confirmation) is shape)
 
 
 def encode_confirmation(confirmation: Confirmation) -> bytes:
-    """What an operator confirmed, as CBOR."""
+    """An operator's confirmation as CBOR."""
     named = {"kind": kind_of(confirmation), "command_id": confirmation.command_id.bytes}
     return cbor2.dumps({**asdict(confirmation), **named})
 
 
 def decode_confirmation(data: bytes) -> Confirmation:
-    """Read what `encode_confirmation` gave. Raises InvalidRequestError when it is of another release."""
+    """Read the result of `encode_confirmation`. Raises InvalidRequestError if it comes from another release."""
     try:
         match cbor2.loads(data):
             case {
@@ -395,12 +395,12 @@ def decode_confirmation(data: bytes) -> Confirmation:
 
 
 def encode_status(found: Sequence[PartitionStatus]) -> bytes:
-    """The states of a process's partitions as CBOR, without the owner, who is asked; later releases append values."""
+    """The states of a process's partitions as CBOR. Omits the owner, who sends them; later releases append values."""
     return cbor2.dumps([[value for name, value in asdict(s).items() if name != "owner"] for s in found])
 
 
 def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
-    """Read what `encode_status` gave. Raises UnavailableError when it is of another release."""
+    """Read the result of `encode_status`. Raises UnavailableError if it comes from another release."""
     try:
         return [
             _STATUS.validate_python(dict(zip(_TOLD, values, strict=False)) | {"owner": owner})
@@ -411,12 +411,12 @@ def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
 
 
 def encode_process(found: ProcessStatus) -> bytes:
-    """What a process says of itself, as CBOR."""
+    """A process's report about itself as CBOR."""
     return cbor2.dumps(asdict(found))
 
 
 def decode_process(data: bytes) -> ProcessStatus:
-    """Read what `encode_process` gave. Raises UnavailableError when it is of another release."""
+    """Read the result of `encode_process`. Raises UnavailableError if it comes from another release."""
     try:
         return _PROCESS.validate_python(cbor2.loads(data))
     except _UNREADABLE as error:  # pydantic's error is a ValueError

@@ -1,6 +1,6 @@
 """The internal listener: other gateways send it commands for partitions that this process owns.
 
-Each process has one, by default on loopback. It carries out nothing for anybody who does not prove to be a gateway.
+Each process has one, by default on loopback. It only serves clients that prove to be gateways.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ MAX_BODY_BYTES = 32 << 20
 """The largest command: 10,000 files with the longest paths and media types."""
 
 MAX_TAKEN_BYTES = 4 * MAX_BODY_BYTES
-"""Bytes of commands that may be under way here at a time; further ones are pushed back."""
+"""How many bytes of commands may be in progress here at a time; further ones are pushed back."""
 
 MAX_TAKEN = 1024
-"""How many commands and questions may be under way here at a time; further ones are pushed back."""
+"""How many commands and questions may be in progress here at a time; further ones are pushed back."""
 
 _EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 _DRAIN_SECONDS = 5.0
@@ -73,7 +73,7 @@ class Here(Protocol):
     """What this process's writer does for other gateways: the methods of `KafkaWriter` that do not forward."""
 
     async def submit_here(self, command: Command) -> Acknowledgement:
-        """As `CommandWriter.submit`; PartitionNotOwnedError when this process is not the owner."""
+        """As `CommandWriter.submit`; raises PartitionNotOwnedError if this process is not the owner."""
 
     async def check_ingest_here(
         self,
@@ -83,28 +83,28 @@ class Here(Protocol):
         grants: Grants = EVERYTHING,
         principal: str | None = None,
     ) -> str:
-        """As `CommandWriter.check_ingest`; PartitionNotOwnedError when this process is not the owner."""
+        """As `CommandWriter.check_ingest`; raises PartitionNotOwnedError if this process is not the owner."""
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
-        """Record what an operator confirmed; PartitionNotOwnedError when this process is not the owner."""
+        """Record an operator's confirmation; raises PartitionNotOwnedError if this process is not the owner."""
 
     async def end_here(self, partition: int) -> int:
-        """As `CommandWriter.end`, of one partition; PartitionNotOwnedError when this process is not the owner."""
+        """As `CommandWriter.end`, of one partition; raises PartitionNotOwnedError if this process is not the owner."""
 
     async def extent_here(self, package_id: UUID) -> PackageExtent | None:
-        """As `CommandWriter.extent`; PartitionNotOwnedError when this process is not the owner."""
+        """As `CommandWriter.extent`; raises PartitionNotOwnedError if this process is not the owner."""
 
     def status_here(self) -> Sequence[PartitionStatus]:
         """The state of the partitions that this process owns."""
 
 
 About = Callable[[], Awaitable[ProcessStatus]]
-"""Tells how this process is."""
+"""Reports the health of this process."""
 
 
 @contextmanager
 def _of_another_release() -> Iterator[None]:
-    """A message that cannot be read is from another release: not the client's fault; it ends once all are upgraded."""
+    """Treat an unreadable message as one of another release, which is not the client's fault: UnavailableError."""
     try:
         yield
     except InvalidRequestError as error:
@@ -115,7 +115,7 @@ class InternalListener:
     """Listens from `open` to `close`. Until `serve` is called it answers that it owns no partition."""
 
     def __init__(self, credentials: PeerCredentials, audit: Audit | None = None) -> None:
-        """`audit` has who was refused, and what operators confirmed."""
+        """`audit` records who was refused, and what operators confirmed."""
         self.url = ""
         self._credentials = credentials
         self._audit = audit or Audit(None)
@@ -158,11 +158,11 @@ class InternalListener:
         return listener
 
     def serve(self, here: Here, about: About | None = None) -> None:
-        """Carry out requests with this writer from now on; `about` answers operators who ask how the process is."""
+        """Carry out requests with this writer from now on. `about` reports the process's health to operators."""
         self._here, self._about = here, about
 
     async def close(self) -> None:
-        """Wait a few seconds at most for requests under way, and release the port."""
+        """Wait at most a few seconds for requests in progress, and release the port."""
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -263,7 +263,7 @@ class InternalListener:
 
     @contextmanager
     def _room(self, size: int) -> Iterator[None]:
-        """Raises PushBackError; never for a request without a body, such as an operator's question for the state."""
+        """Reserve room for a body. Raises PushBackError, but never for a request without a body, as for the state."""
         full = self._taken >= MAX_TAKEN or (self._taken and self._taken_bytes + size > MAX_TAKEN_BYTES)
         if size and full:
             raise PushBackError("too many commands are forwarded to the owner of the partition", 2.0)
@@ -313,7 +313,7 @@ class InternalListener:
 
 
 def _length_of(request: web.Request) -> int:
-    """The most bytes that the body can have. Raises HTTPBadRequest when its length is no number."""
+    """The most bytes that the body can have. Raises HTTPBadRequest if its length is not a number."""
     named = request.headers.get("Content-Length")
     length = MAX_BODY_BYTES if named is None else parse_number(named)
     if length is None:

@@ -1,4 +1,4 @@
-"""Joining the gateways that share a Kafka log: the writer, its internal listener and the way to other gateways."""
+"""Joining the gateways that share a Kafka log: the writer, its internal listener and its forwarder."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ async def kafka_writer(
     audit: Audit | None = None,
     checks: Mapping[str, Check] | None = None,
 ) -> AsyncIterator[KafkaWriter]:
-    """A started member of the group of writers for the length of the block, at whose end it hands its partitions over.
+    """A started member of the group of writers. It hands its partitions over at the end of the block.
 
-    It writes nothing while its clock differs much from that of `times`. Its own metrics are added to `metrics`. `audit`
-    has what its internal listener refuses, and what operators confirm there. With `checks`, of `blobs` and `views`, it
-    tells operators how the whole process is.
+    It writes nothing while its clock differs much from that of `times`. Its metrics are added to `metrics`. `audit`
+    records what its internal listener refuses, and what operators confirm there. It runs `checks`, of `blobs` and
+    `views`, to report the health of the whole process to operators.
 
     Raises ConfigurationError: the topic could lose events, or the internal listener cannot open; UnavailableError.
     """
@@ -53,7 +53,7 @@ async def kafka_writer(
     async with AsyncExitStack() as stack:
         credentials = await asyncio.to_thread(PeerCredentials.of, settings)
         listener = await InternalListener.open(settings, credentials, audit)
-        # Closed last: while the writer finishes, other gateways still learn that partitions move.
+        # Closed last, so that other gateways still learn that partitions move while the writer finishes.
         stack.push_async_callback(listener.close)
         groups = GroupProcess(log.kafka)
         stack.callback(groups.close)
@@ -84,7 +84,7 @@ async def kafka_writer(
 
 
 async def _about(settings: Settings, writer: KafkaWriter, checks: Checks) -> ProcessStatus:
-    """How this process is, for operators."""
+    """The health of this process, for operators."""
     found = await readiness(checks)
     ends = await asyncio.to_thread(tls.all_ends, settings.certificates())
     return ProcessStatus(

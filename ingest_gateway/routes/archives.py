@@ -1,6 +1,6 @@
 """Archives: many files in one request, all or none, and a whole package in one answer.
 
-Producers also ask here which blobs are stored already, so that nobody sends those again.
+Producers also ask here which blobs are stored already, so that they need not send them again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from ingest_gateway.routes.packages import INGESTING, READING, WRITING
 from services.core.access import Right
 
 _MAX_NAMED_BYTES = 16 << 20
-"""Most bytes of JSON that name files: enough for 10,000 files with the longest paths."""
+"""The most bytes of JSON that name files: enough for 10,000 files with the longest paths."""
 
 _COMPRESSED = {"application/gzip": "gzip", "application/zstd": "zstd"}
 
@@ -125,7 +125,7 @@ async def get_archive(call: Call) -> web.StreamResponse:
     with call.gateway.admission.archives.place(call.client):
         files = call.registry.read_files(package_id, after=after, largest=largest)
         async with aclosing(files), aclosing(tar_of(files, package.finalized_at // 1_000_000)) as pieces:
-            first = await anext(pieces)  # most failures show here, while the status can still say so
+            first = await anext(pieces)  # most failures appear here, while the status can still report them
             await call.start(response)
             await call.send(response, first)
             async for piece in pieces:

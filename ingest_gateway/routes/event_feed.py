@@ -1,4 +1,4 @@
-"""Events over HTTP: as lines of JSON or server-sent events, up to the log's end or without end."""
+"""Events over HTTP: as lines of JSON or server-sent events, up to the log's end or following it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ COOKIE_SECONDS = 3600
 """How long a browser keeps the cookie, unless the token expires earlier."""
 
 MAX_COOKIE_BYTES = 3800
-"""Browsers keep 4,096 bytes of a cookie, its name and attributes included."""
+"""The longest token in a cookie: browsers keep 4,096 bytes, including the cookie's name and attributes."""
 
 _RETRY_SECONDS = 5.0
 
@@ -117,7 +117,7 @@ async def get_events(call: Call) -> web.StreamResponse:
         draining = call.gateway.admission.draining
         call.cause = "the gateway closes" if draining else "the token has expired or lost its rights"
     if not response.prepared or call.sent_in_part:
-        # The follower was dismissed before its first event or within one: the answer must not look complete.
+        # The follower was dismissed before its first event, or in the middle of one: the answer must not look complete.
         call.require_valid()
         raise gateway_closes()
     await call.finish(response)
@@ -142,10 +142,10 @@ async def get_end(call: Call) -> web.StreamResponse:
 
 
 def call_back(call: Call, error: ArtifactStoreError) -> web.Response | None:
-    """The answer to an event source that is refused for lack of room, by which it tries again; None for all others.
+    """The answer that makes an event source refused for lack of room try again; None for all other clients.
 
-    By the HTML standard, an event source gives up for good at any status but 200. At the end of an answer it waits for
-    the time in the field `retry`, connects again, and sends its `Last-Event-ID`.
+    By the HTML standard, an event source gives up for ever at any status except 200. At the end of an answer it waits
+    for the time in the field `retry`, connects again, and sends its `Last-Event-ID`.
     """
     if not isinstance(error, PushBackError | UnavailableError) or call.target != EVENTS or call.request.method != "GET":
         return None
@@ -156,7 +156,7 @@ def call_back(call: Call, error: ArtifactStoreError) -> web.Response | None:
         return None
     why = problem_of(error)
     text = " ".join(f"{why.status} {why.type}: {why.detail}".split())
-    # Event sources that were refused together do not all come back together.
+    # The time is random, so that event sources that were refused together do not come back together.
     millis = int((why.retry_after or _RETRY_SECONDS) * random.uniform(1000, 2000))
     response = bytes_answer(f": {text}\nretry: {millis}\n\n".encode(), EVENT_STREAM, headers=NOT_KEPT)
     response.force_close()
@@ -164,7 +164,7 @@ def call_back(call: Call, error: ArtifactStoreError) -> web.Response | None:
 
 
 async def _send_all(call: Call, response: web.StreamResponse, lines: Feed) -> None:
-    piece = await _next(call, response, lines)  # most failures show here, before the head is sent
+    piece = await _next(call, response, lines)  # most failures appear here, before the head is sent
     await call.start(response)
     while piece is not None:
         if await call.lapsed():
@@ -175,7 +175,7 @@ async def _send_all(call: Call, response: web.StreamResponse, lines: Feed) -> No
 
 
 async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes | None:
-    """The next bytes to send, None at the end. After a while without events, bytes that keep the connection open."""
+    """The next bytes to send; None at the end. While there are no events, sends bytes that keep the connection open."""
     try:
         async with asyncio.timeout(call.gateway.bounds.heartbeat_seconds):
             return await lines.take()
@@ -184,10 +184,10 @@ async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes 
 
 
 async def _send_on(call: Call, response: web.StreamResponse, events: AsyncIterator[bytes]) -> None:
-    """Send what a follower gets, and a sign of life for each empty piece but the first."""
+    """Send a follower's events, and a sign of life for each empty piece except the first."""
     sign, caught_up = _SIGNS_OF_LIFE[response.content_type], False
     async for piece in events:
-        if not response.prepared:  # most failures show before the first piece
+        if not response.prepared:  # most failures appear before the first piece
             await call.start(response)
         elif await call.lapsed():
             return
@@ -207,7 +207,7 @@ def _server_sent(event_type: str, head: bytes, position: str) -> bytes:
 
 
 def _mark(position: str) -> bytes:
-    """A position without an event: the client goes on there when it connects again (HTML standard, "id" field)."""
+    """A position without an event: the client continues there when it connects again (HTML standard, "id" field)."""
     return b"id: %b\n\n" % position.encode()
 
 
@@ -220,16 +220,16 @@ FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}
 """The format of an event, by media type."""
 
 FORMS = {(name, manifests): Form(frame, manifests) for name, frame in FRAMES.items() for manifests in (True, False)}
-"""How clients get events, by media type and whether manifests are among them."""
+"""The forms of events, by media type and by whether manifests are included."""
 
 _SIGNS_OF_LIFE = {LINES: b"\n", EVENT_STREAM: b":\n\n"}
-"""Keep proxies from closing the connection: readers pass over comments and empty lines."""
+"""Bytes that keep proxies from closing the connection: readers skip comments and empty lines."""
 
 
 async def make_cookie(call: Call) -> web.StreamResponse:
     """POST /v1/events/cookie."""
     answer = web.Response(status=204, headers=NOT_KEPT)
-    if call.token is None:  # a gateway that asks nobody for a token
+    if call.token is None:  # this gateway does not require tokens
         return answer
     if len(call.token) > MAX_COOKIE_BYTES:
         raise InvalidRequestError(f"browsers do not keep a cookie with a token of more than {MAX_COOKIE_BYTES:,} bytes")
@@ -247,7 +247,7 @@ async def delete_cookie(_: Call) -> web.StreamResponse:
 
 
 def _set_cookie(answer: web.Response, value: str, seconds: int) -> None:
-    """Set the cookie for this feed alone: no script reads it, and a browser sends it for pages of this site only."""
+    """Set the cookie only for this feed. No script can read it, and browsers send it only for pages of this site."""
     answer.set_cookie(COOKIE, value, max_age=seconds, path=EVENTS, secure=True, httponly=True, samesite="Strict")
 
 

@@ -1,6 +1,6 @@
 """Files: upload one, list those of a package, show one by path or id, read its bytes.
 
-Bytes are read whole or as a range. They may be cached for good under their digest, and no browser runs them.
+Bytes are read whole or as a range. They may be cached for ever under their digest, and browsers do not run them.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ async def get_content(call: Call) -> web.StreamResponse:
     if not_modified(call.list_header("If-Match"), call.list_header("If-None-Match"), tag):
         del headers["Content-Type"]
         return web.Response(status=304, headers=headers)
-    asked = request.headers.get("Range") if request.method == "GET" else None  # RFC 9110 §14.2: GET alone has ranges
+    asked = request.headers.get("Range") if request.method == "GET" else None  # RFC 9110 §14.2: only GET has ranges
     part = requested(asked, request.headers.get("If-Range"), tag, file.size_bytes)
     length = file.size_bytes if part is None else part.length
     if part is not None:

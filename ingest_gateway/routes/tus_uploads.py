@@ -171,7 +171,7 @@ _UPLOAD = _RESOURCE + "/{upload_id}"
 
 @spoken
 async def describe_uploads(call: Call) -> web.StreamResponse:
-    """OPTIONS: the versions and extensions of tus that this server has."""
+    """OPTIONS: the versions and extensions of tus that this server supports."""
     call.path(PACKAGE_ID)
     return web.Response(status=204, headers=capabilities(call.registry.uploads.longest))
 
@@ -272,7 +272,7 @@ async def send_parts_directly(call: Call) -> web.StreamResponse:
         [(DirectPart(part.number, part.length, part.crc32), part.etag) for part in asked.sent],
         [(part.length, part.crc32) for part in asked.wanted],
     )
-    # These bytes come by another way, which this process does not see.
+    # This process does not see these bytes, because they go straight to the store.
     call.gateway.quotas.count(Quota.BYTES, call.counted_as, sum(part.length for part, _ in given))
     _count(call, state)
     parts = [DirectPartAnswer(number=part.number, url=at.url, headers=dict(at.headers)) for part, at in given]
