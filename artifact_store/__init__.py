@@ -1,4 +1,4 @@
-"""What Python programs import to use an artifact store.
+"""The package that Python programs import to use an artifact store.
 
     from artifact_store import Client, push
 
@@ -7,8 +7,8 @@
                             subject="sample 7", retention_class="raw-evidence")
 
 `Client` has every operation of `Registry` and talks to a gateway over HTTP. `Client.stream` bundles files that come one
-by one. `push` and `pull` move whole trees of files. `SyncClient` is for programs without an event loop.
-`artifact_store.errors` holds one tree of errors, cut by what the caller does next.
+by one. `push` and `pull` transfer whole trees of files. `SyncClient` is for programs without an event loop.
+`artifact_store.errors` has one tree of errors, divided by what the caller should do next.
 
 This package imports neither `schemas` nor `services`, nor any dependency that only the server needs. They import it.
 Start reading at `registry.py`, which lists the operations; then `client/client.py`, `transfers/push.py` and
@@ -110,7 +110,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 def __getattr__(name: str) -> object:
     """Load a name's module when the name is first used.
 
-    `schemas` and the command line import modules of this package, and must not load aiohttp and pydantic with them.
+    `schemas` and the command line import modules of this package, which must not load aiohttp and pydantic.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

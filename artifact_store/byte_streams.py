@@ -1,7 +1,7 @@
-"""Byte streams: whatever a caller has, as one asynchronous iterator of chunks; and work on files in threads.
+"""Byte streams: any stream of a caller as an asynchronous iterator of chunks; and work on files in threads.
 
-A thread cannot be stopped, so cancelled work is waited for: another file could get the number of a file that was closed
-under the thread.
+A thread cannot be stopped, so cancelled work is waited for. Otherwise a file could be closed while the thread uses it,
+and its descriptor could be given to another file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ async def from_any(
 def read_chunk(file: IO[bytes]) -> bytes:
     """The file object's next bytes, at most CHUNK_BYTES, empty only at its end. Blocks.
 
-    Raises InvalidRequestError when it is non-blocking (`io.RawIOBase.read` then returns None for no bytes yet).
+    Raises InvalidRequestError if it is non-blocking (`io.RawIOBase.read` then returns None while there are no bytes).
     """
     chunk: bytes | None = file.read(CHUNK_BYTES)
     if chunk is None:
@@ -72,8 +72,8 @@ async def ended(doing: asyncio.Future[Result], given_up: Event | None = None) ->
         if given_up is not None:
             given_up.set()
         while not doing.done():
-            with suppress(asyncio.CancelledError):  # once more: no reason to leave the thread alone
+            with suppress(asyncio.CancelledError):  # a second cancellation must not abandon the thread either
                 await asyncio.wait([doing])
         if not doing.cancelled():
-            doing.exception()  # seen; the cancellation is what the caller hears of
+            doing.exception()  # retrieve it; the caller gets the cancellation instead
         raise

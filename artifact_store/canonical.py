@@ -1,4 +1,4 @@
-"""Canonical forms: CBOR (RFC 8949 §4.2) for what is digested, JCS (RFC 8785) for JSON that people read."""
+"""Canonical forms: CBOR (RFC 8949 §4.2) for digests, JCS (RFC 8785) for JSON that people read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import cbor2
 import rfc8785
 
 _MAX_SAFE = 2**53
-"""The largest integer up to which a double is exact, whose JCS text is its own."""
+"""Up to this integer, doubles are exact and have their own JCS text."""
 MAX_LEVELS = 64
 """How deep a JSON value may be nested."""
 
@@ -42,7 +42,7 @@ def _text_head(size: int) -> bytes:
 
 
 def cbor_integer(number: int) -> bytes:
-    """An integer by its shortest head."""
+    """An integer in its shortest encoding."""
     if 0 <= number < _SMALL:
         return _SMALL_INTEGERS[number]
     if _TWO_BYTES < number <= _FOUR_BYTES:
@@ -73,11 +73,11 @@ _UINT_TO_ARRAY = bytes((b & 0x1F) | 0x80 for b in range(256))
 def jcs(value: Any, *, levels: int = MAX_LEVELS) -> str:
     """The JCS text of a JSON value.
 
-    Numbers are brought to one form first: 1.0 and 1 are the same number and give the same text.
+    Numbers are normalised first: 1.0 and 1 are the same number and give the same text.
 
     Raises:
-        ValueError: an integer beyond ±2^53, a non-finite number, a lone surrogate, a key that is no string, more than
-            `levels` levels, or a type that JSON does not have; the text names the rule.
+        ValueError: an integer beyond ±2^53, a non-finite number, a lone surrogate, a key that is not a string, more
+            than `levels` levels, or a type that JSON does not have; the text names the rule.
     """
     try:
         return rfc8785.dumps(_prepare(value, levels)).decode()
@@ -86,9 +86,9 @@ def jcs(value: Any, *, levels: int = MAX_LEVELS) -> str:
 
 
 def is_jcs_object(text: str) -> bool:
-    """Whether it is the JSON of an object that `jcs` takes, in a tenth of the time that `jcs` itself takes to tell.
+    """Whether `text` is a JSON object that `jcs` accepts; it need not be in JCS form. Ten times faster than `jcs`.
 
-    `text` holds no lone surrogate, which no record does; escaped ones are seen.
+    `text` must not contain lone surrogates, which no record does; escaped ones are noticed.
     """
     if text == "{}":
         return True

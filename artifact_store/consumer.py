@@ -43,7 +43,7 @@ class PositionStore(Protocol[_Transaction]):
         """The position that was stored last; None before the first one."""
 
     async def store(self, transaction: _Transaction, before: Position | None, after: Position) -> bool:
-        """Store `after` if the stored position is still `before`; whether it was."""
+        """Store `after` if the stored position is still `before`. Returns whether it was."""
 
 
 class DurableConsumer(Generic[Transaction]):
@@ -77,7 +77,7 @@ class DurableConsumer(Generic[Transaction]):
     ) -> None:
         """Handle events in order per package, without end; without `follow`, up to the log's end.
 
-        While it follows, an UnavailableError or PushBackError of the source or of `handle` makes it wait and go on.
+        While it follows, an UnavailableError or PushBackError of the source or of `handle` makes it wait and continue.
         Anything else that `handle` or the database raises ends it, and the event is not handled.
 
         Raises:
@@ -107,7 +107,7 @@ class DurableConsumer(Generic[Transaction]):
 
 
 Fetch = Callable[[Any, str, Sequence[str]], Awaitable[Sequence[Sequence[Any]]]]
-"""Runs a statement with these values in a transaction; all rows that it gives."""
+"""Runs a statement with these values in a transaction, and returns all its rows."""
 
 
 class PositionTable:
@@ -116,9 +116,9 @@ class PositionTable:
     def __init__(
         self, consumer: str, fetch: Fetch, *, marks: tuple[str, str, str], table: str = "artifact_store_positions"
     ) -> None:
-        """`consumer` names the consumer whose position it is. `marks` are the driver's placeholders for three values.
+        """`consumer` is the name under which the position is stored. `marks` are the driver's three placeholders.
 
-        `table` is put into the statements unchanged, and may begin with its schema.
+        `table` is put into the statements unchanged, and may include a schema name.
         """
         self._consumer = consumer
         self._fetch = fetch
@@ -151,7 +151,7 @@ class PositionTable:
         return cls(consumer, fetch, marks=("?", "?", "?"), **options)
 
     async def create(self, transaction: Any) -> None:
-        """Make the table if it is not there."""
+        """Create the table if it does not exist."""
         await self._fetch(transaction, self._create, ())
 
     async def load(self, transaction: Any) -> Position | None:

@@ -1,12 +1,12 @@
-"""The one tree of errors, cut by what the caller should do next.
+"""The one tree of errors, divided by what the caller should do next.
 
     ArtifactStoreError
     ├── RejectedError            do not retry: the request itself is refused, and records nothing
     │   ├── InvalidRequestError        a field, id, path, cursor or position breaks a rule
     │   │   ├── InvalidPathError
     │   │   └── InvalidPositionError
-    │   ├── UnauthenticatedError       nobody the gateway knows: get a token, or a new one
-    │   ├── ForbiddenError             somebody without the right: ask an operator for it
+    │   ├── UnauthenticatedError       the sender is unknown: get a token, or a new one
+    │   ├── ForbiddenError             the sender lacks the right: ask an operator for it
     │   ├── UnknownRetentionClassError     also a ValueError
     │   ├── NotFoundError
     │   │   ├── PackageNotFoundError
@@ -16,31 +16,31 @@
     │   │   ├── DuplicateRelativePathError
     │   │   ├── PathConflictError          a path would be both a file and a folder
     │   │   ├── IllegalPackageStateError
-    │   │   │   ├── AnswerExpiredError     look in the log: an earlier try may be recorded, its answer is not kept
+    │   │   │   ├── AnswerExpiredError     look in the log: an earlier attempt may be recorded, its answer is not kept
     │   │   │   └── PackageAbandonedError  the package stayed open for too long: create another one
-    │   │   ├── SequenceBeyondLogError     the package has no event of the number that a read was to wait for
+    │   │   ├── SequenceBeyondLogError     the package has no event with the sequence that a read was to wait for
     │   │   ├── PackageQuarantinedError    the log contradicts the package's history: nothing is added to it
-    │   │   └── UploadOffsetError          ask where the upload stands, and go on from there
+    │   │   └── UploadOffsetError          ask for the upload's offset, and continue from there
     │   ├── ContentMismatchError       the bytes are not what was declared
-    │   ├── ChecksumMismatchError      a piece of an upload was damaged on its way: send the piece again
+    │   ├── ChecksumMismatchError      a piece of an upload was damaged in transit: send the piece again
     │   ├── UnknownContentError        bytes that were only named are not stored here
-    │   ├── InvalidArchiveError        an archive is malformed, or holds what no package can
-    │   ├── CommandReusedError         a command id came back with another request
+    │   ├── InvalidArchiveError        an archive is malformed, or has an entry that no package can hold
+    │   ├── CommandReusedError         a command id was reused with another request
     │   ├── TooLargeError              a limit is exceeded
     │   └── RangeNotSatisfiableError
     ├── PushBackError            retry later, after `retry_after` seconds: the system cannot take more now
-    │   ├── LogLostError               the log lacks what it had acknowledged: an operator has to decide
+    │   ├── LogLostError               the log lost acknowledged events: an operator has to decide
     │   └── UploadBusyError            another request adds to the upload
     ├── UnavailableError         retry, perhaps elsewhere: a part cannot be reached; the outcome may be unknown
-    │   └── WaitTimeoutError           the view did not reach what was waited for
+    │   └── WaitTimeoutError           the view did not reach the sequence in time
     ├── CorruptError             stop: what was read breaks an invariant
-    │   ├── BadRecordError             the log holds a record that is no event; an operator has to confirm it
+    │   ├── BadRecordError             a record in the log is not an event; an operator has to confirm it
     │   ├── PackageParkedError         the view stopped following a package; an operator has to mend it
     │   └── LogIdentityError           a position, checkpoint or state belongs to another log
     └── ConfigurationError       mend the settings; the text says how
 
-Each class carries its HTTP status, its problem type (RFC 9457, the last part of a stable URN) and the exit code of the
-command line, its own or those of its base.
+Each class has an HTTP status, a problem type (RFC 9457, the last part of a stable URN) and an exit code of the command
+line; by default those of its base class.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from typing import ClassVar
 class ArtifactStoreError(Exception):
     """Root of every error that this project raises on purpose.
 
-    The text says what is wrong and what mends it, where something does. It never holds a secret. `facts` are for
-    programs: further members of the problem document, by their names in `documents.problem_details.Problem`.
+    The text says what is wrong and, if possible, what mends it. It never contains a secret. `facts` are for programs:
+    further members of the problem document, by their names in `documents.problem_details.Problem`.
     """
 
     status: ClassVar[int] = 500
@@ -63,7 +63,7 @@ class ArtifactStoreError(Exception):
     def __init_subclass__(
         cls, problem: str | None = None, status: int | None = None, exit_code: int | None = None
     ) -> None:
-        """Arguments of the class statement; what is not given is that of the base."""
+        """Arguments of the class statement; those that are not given are inherited."""
         super().__init_subclass__()
         if problem is not None:
             cls.problem = problem
@@ -137,7 +137,7 @@ class UnknownRetentionClassError(RejectedError, ValueError, problem="unknown-ret
 
 
 class NotFoundError(RejectedError, problem="not-found", status=404):
-    """What was asked for does not exist."""
+    """The requested thing does not exist."""
 
 
 class PackageNotFoundError(NotFoundError, problem="package-not-found"):
@@ -157,7 +157,7 @@ class ConflictError(RejectedError, problem="conflict", status=409):
 
 
 class DuplicateRelativePathError(ConflictError, problem="duplicate-relative-path"):
-    """The package holds a file of this relative path already."""
+    """The package already has a file with this relative path."""
 
 
 class PathConflictError(ConflictError, problem="path-conflict"):
@@ -178,7 +178,7 @@ class AnswerExpiredError(IllegalPackageStateError, problem="answer-expired"):
 class PackageAbandonedError(IllegalPackageStateError, problem="package-abandoned"):
     """The package was left open for so long after its last event that it takes no more commands.
 
-    Repeats get no answer either: its events show whether a command was recorded. `facts` names the package.
+    Repeats get no answer either: the package's events show whether a command was recorded. `facts` names the package.
     """
 
 
@@ -191,7 +191,7 @@ class PackageQuarantinedError(ConflictError, problem="package-quarantined"):
 
 
 class UploadOffsetError(ConflictError, problem="upload-offset"):
-    """The upload stands at another offset than the request names."""
+    """The upload is at another offset than the request names."""
 
 
 class ContentMismatchError(RejectedError, problem="content-mismatch"):
@@ -207,7 +207,7 @@ class UnknownContentError(RejectedError, problem="unknown-content"):
 
 
 class InvalidArchiveError(RejectedError, problem="invalid-archive"):
-    """An archive is malformed, cut off, or holds an entry that no package can; the text names it."""
+    """An archive is malformed or cut off, or has an entry that no package can hold; the text names it."""
 
 
 class CommandReusedError(RejectedError, problem="command-reused"):
@@ -256,11 +256,11 @@ class WaitTimeoutError(UnavailableError, problem="wait-timeout", status=504):
 
 
 class CorruptError(ArtifactStoreError, problem="corrupt"):
-    """What was read breaks an invariant. Stop: nothing is skipped, and nothing resets by itself."""
+    """What was read breaks an invariant. Stop: nothing is skipped, and nothing is reset automatically."""
 
 
 class BadRecordError(CorruptError, problem="bad-record"):
-    """The log holds a record that is no event. The text names its place, its digest and the command that skips it."""
+    """A record in the log is not an event. The text has its position, its digest and the command that skips it."""
 
 
 class PackageParkedError(CorruptError, problem="package-parked"):
@@ -268,7 +268,7 @@ class PackageParkedError(CorruptError, problem="package-parked"):
 
 
 class LogIdentityError(CorruptError, problem="foreign-log", status=400):
-    """A position, checkpoint or state file belongs to another log than the one at hand."""
+    """A position, checkpoint or state file belongs to another log than the one in use."""
 
 
 class ConfigurationError(ArtifactStoreError, problem="configuration", exit_code=2):

@@ -1,4 +1,4 @@
-"""The events: what the log of record can say, as plain frozen dataclasses."""
+"""The events of the log of record, as plain frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE_FINALIZED = "v1.package.finalized"
 DELEGATED_PACKAGE_CREATED = "v2.package.created"
 DELEGATED_FILE_INGESTED = "v2.file.ingested"
 DELEGATED_PACKAGE_FINALIZED = "v2.package.finalized"
-"""Version 2 of a type names a principal beside the actor, and is otherwise version 1."""
+"""Version 2 of a type has a principal in addition to the actor, and is otherwise equal to version 1."""
 LOG_SKIPPED = "v1.log.skipped"
 LOSS_ACCEPTED = "v1.log.loss_accepted"
 
@@ -27,12 +27,12 @@ _FIRST_VERSION = {second: first for first, second in _DELEGATED.items()}
 
 
 def first_version(event_type: str) -> str:
-    """The type in version 1: what happened, whoever asked for it."""
+    """The type in version 1, which is the same with and without a principal."""
     return _FIRST_VERSION.get(event_type, event_type)
 
 
 def type_with(event_type: str, principal: str | None) -> str:
-    """The version of this type (given in any version) that an event with this principal has."""
+    """The type (given in any version) in the version of an event with this principal."""
     first = first_version(event_type)
     return first if principal is None else _DELEGATED[first]
 
@@ -92,7 +92,7 @@ class PackageFinalized:
 class LogSkipped:
     """Payload of `v1.log.skipped`: the record with this `digest` (see `digests.record_digest`) is passed over.
 
-    `offset` is where it lay in the log of this identity. `size_bytes` counts its key and value.
+    `offset` is its offset in the log with this identity. `size_bytes` counts its key and value.
     """
 
     log: UUID
@@ -108,7 +108,7 @@ class LogSkipped:
 class LossAccepted:
     """Payload of `v1.log.loss_accepted`: the log lacks the record at `expected_offset`, which was acknowledged.
 
-    `evidence` names what proves it (`file` or `snapshot`); `previous_log` is the evidence's log when it is another one.
+    `evidence` says what proves it (`file` or `snapshot`); `previous_log` is the evidence's log if it is another one.
     The digests are BLAKE3 over the value of the record that was there, and of the one that is there now, if any.
     """
 
@@ -130,7 +130,7 @@ Payload = PackageCreated | FileIngested | PackageFinalized | LogSkipped | LossAc
 
 
 def payload_map(payload: Payload) -> dict[str, Any]:
-    """The payload as a map of its fields by name: the form that is encoded in Avro and, but for the manifest, digested.
+    """The payload as a map of its fields by name. It is encoded in Avro and digested (except for the manifest).
 
     Identifiers are text, digests bytes, timestamps integer µs, absent optionals None. Keys are in canonical order, by
     the length of their text, then by its bytes (RFC 8949 §4.2.1).
@@ -202,8 +202,8 @@ class Event:
     raw bytes. With an AdministrativePayload, `package_id` is the id of the partition (`identifiers.partition_id`), and
     `sequence` and `previous_digest` count and chain the partition's administrative records.
 
-    `principal` is who sent the command in the actor's name, by the right to delegate; None when the actor sent it. The
-    types of version 2 have one, those of version 1 do not.
+    `principal` is the sender who acted in the actor's name, by the right to delegate; None if the actor sent the
+    command. Types of version 2 have one, those of version 1 do not.
     """
 
     event_id: UUID

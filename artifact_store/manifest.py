@@ -29,12 +29,12 @@ class ContentAddress(str):
 
     @classmethod
     def of_digest(cls, digest: bytes) -> Self:
-        """The address of what has this BLAKE3 digest (32 raw bytes)."""
+        """The address of bytes with this BLAKE3 digest (32 raw bytes)."""
         return cls(f"blake3:{digest.hex()}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read an address that came from outside. Raises InvalidRequestError when it has another form."""
+        """Parse an address that came from outside. Raises InvalidRequestError if it has another form."""
         if not _FORM.fullmatch(text):
             raise InvalidRequestError("a content address is `blake3:` followed by 64 lower-case hex digits")
         return cls(text)
@@ -46,7 +46,7 @@ class ContentAddress(str):
 
 
 def content_key(blake3: bytes) -> str:
-    """The key under which a blob store keeps the bytes of this BLAKE3 digest (32 raw bytes)."""
+    """The key under which a blob store keeps the bytes with this BLAKE3 digest (32 raw bytes)."""
     text = blake3.hex()
     return f"blobs/blake3/{text[:2]}/{text[2:4]}/{text}"
 
@@ -62,7 +62,7 @@ def digest_of_key(key: str) -> bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class ManifestPackage:
-    """The package as the manifest names it; times in µs since 1970, UTC."""
+    """The package in the manifest; times are in µs since 1970, UTC."""
 
     id: UUID
     name: str
@@ -102,7 +102,7 @@ class ManifestReceipt:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A decoded manifest. `files` and `storage_receipts` stand in the same order: by UTF-8 bytes of the path."""
+    """A decoded manifest. `files` and `storage_receipts` have the same order: by the UTF-8 bytes of the path."""
 
     manifest_version: int
     package: ManifestPackage
@@ -111,7 +111,7 @@ class Manifest:
 
 
 def decode(data: bytes) -> Manifest:
-    """Read a manifest in canonical CBOR or JSON. Raises CorruptError when it is neither."""
+    """Read a manifest in canonical CBOR or JSON. Raises CorruptError if it is neither."""
     try:
         raw = json.loads(data) if data[:1] == b"{" else cbor2.loads(data)
         if raw["manifest_version"] != MANIFEST_VERSION:

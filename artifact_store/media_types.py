@@ -17,7 +17,7 @@ _TYPES = MimeTypes()
 
 
 def guess_media_type(name: str) -> str:
-    """The media type of a file of this name; `application/octet-stream` when it is unknown."""
+    """The media type for this file name; `application/octet-stream` if it is unknown."""
     last = name.rpartition("/")[2]
     stem, dot, ending = last.rpartition(".")
     if dot and stem.strip(".") and "." not in stem and ":" not in last:

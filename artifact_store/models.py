@@ -1,4 +1,4 @@
-"""What the registry takes and returns: packages, files, pages and acknowledgements.
+"""The objects that the registry accepts and returns: packages, files, pages and acknowledgements.
 
 They are the same from the database and over HTTP.
 """
@@ -90,15 +90,15 @@ class EventFilter:
 
     @property
     def needs_origins(self) -> bool:
-        """Whether an event alone does not tell: what its package was created with decides as well."""
+        """Whether the filter also needs the properties with which an event's package was created."""
         return bool(self.producers or self.subjects or self.retention_classes)
 
     def takes(self, package_id: UUID, event_type: str) -> bool:
-        """Whether it takes events of this type and package, as far as the event alone tells."""
+        """Whether it lets through events of this type and package, as far as these two decide."""
         return self.package_id in (None, package_id) and (not self.types or event_type in self.types)
 
     def includes(self, producer: str, subject: str, retention_class: str) -> bool:
-        """Whether it takes events of packages that were created with these."""
+        """Whether it lets through events of packages that were created with these properties."""
         return (
             (not self.producers or producer in self.producers)
             and (not self.subjects or subject in self.subjects)
@@ -108,14 +108,14 @@ class EventFilter:
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Item]):
-    """A page of a list; `next` is the cursor of the next page, None on the last."""
+    """A page of a list; `next` is the cursor of the next page, or None on the last."""
 
     items: tuple[Item, ...]
     next: str | None
 
 
 async def all_pages(read: Callable[[str | None], Awaitable[Page[Item]]]) -> AsyncIterator[Page[Item]]:
-    """The pages of a list, one after the other. `read` is called with the cursor of each; its errors are passed on."""
+    """The pages of a list, one after the other. `read` is called with the cursor of each page; its errors propagate."""
     page = await read(None)
     yield page
     while page.next is not None:
@@ -137,7 +137,7 @@ class UsageTotal:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What a producer declares about bytes before they arrive; None: not declared. Digests are 32 raw bytes."""
+    """The producer's declaration about bytes before they arrive; None: not declared. Digests are 32 raw bytes."""
 
     size_bytes: int | None = None
     blake3: bytes | None = None
@@ -158,7 +158,7 @@ class IngestedFile(NamedTuple):
 
 @dataclass(slots=True, unsafe_hash=True)
 class Acknowledgement:
-    """The result of a command whose events are in the log for good. A retry gets an equal one.
+    """The result of a command whose events are durable in the log. A retry gets an equal one.
 
     `sequence` and `event_digest` belong to the command's last event. `files` are the files that it ingested. The
     other fields are set when it finalized a package: `manifest_digest` (32 raw bytes), and how many paths differ from
@@ -173,7 +173,7 @@ class Acknowledgement:
     unportable_count: int = 0
     unportable_paths: tuple[PathPair, ...] = ()
     position: Position | None = field(default=None, compare=False)
-    """Reading from here gives everything that came after the command, and nothing of the command itself.
+    """Reading from here gives everything after the command, and none of the command's own events.
 
     Events of other packages from the second before may be read as well. None if it is not known: on Kafka, a retry of
     a command that was recorded before does not get it.

@@ -1,4 +1,4 @@
-"""Positions: where in the log a reader stands; opaque to clients, printable, resumable."""
+"""Positions: how far a reader has read in the log; opaque to clients, printable, resumable."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _BLOCK = 32
 """How many partitions are encoded together: when one of them moves, the others' blocks stay as they are."""
 
 _PREVIOUS_PARTITIONS = 64
-"""Up to so many partitions a position is written in the previous format, which the release before this one reads too: a
-client that follows the log goes on at gateways of both while they are upgraded."""
+"""Up to this many partitions, a position is written in the previous format, which the previous release can also read.
+So a client that follows the log can switch between gateways of both releases during an upgrade."""
 
 _MAX_BLOCKS = 2048
 """A text that names a partition beyond these blocks is refused before it takes memory."""
@@ -33,17 +33,17 @@ _MAX_BITS = 64
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The log's identity and, per partition, the offset of the next record; an absent partition stands at its start."""
+    """The log's identity and, per partition, the offset of the next record; an absent partition is at its start."""
 
     log: UUID
     offsets: Mapping[int, int]
     _blocks: dict[int, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The encoded offsets by number of the block, of all blocks or none: filled when they are first needed."""
+    """The encoded offsets by block number, of all blocks or none; filled when first needed."""
 
     def __str__(self) -> str:
-        """URL-safe text without padding (RFC 4648 §5) of the format's number, the identity and the blocks of offsets.
+        """URL-safe base64 without padding (RFC 4648 §5) of the format's number, the identity and the blocks of offsets.
 
-        At 1,024 partitions it has less than 6 KiB as long as their offsets are within 2³² of each other.
+        With 1,024 partitions, it is shorter than 6 KiB if their offsets are within 2³² of each other.
         """
         return _text(self._encoded_previously() if self._is_small else self._encoded())
 
@@ -53,7 +53,7 @@ class Position:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a position that came from outside, in this format or the previous one. Raises InvalidPositionError."""
+        """Parse a position that came from outside, in this format or the previous one. Raises InvalidPositionError."""
         try:
             if len(text) > MAX_TEXT:
                 raise ValueError("too long")
@@ -66,7 +66,7 @@ class Position:
 
     @classmethod
     def _read(cls, raw: bytes) -> Self:
-        """The bytes of `_encoded`. Parts that a later release adds after them are skipped."""
+        """Read the bytes of `_encoded`. Parts that a later release adds after them are skipped."""
         count, at = _number(raw, 17)
         offsets: dict[int, int] = {}
         blocks: dict[int, bytes] = {}
@@ -96,9 +96,9 @@ class Position:
 
     @classmethod
     def _read_previous(cls, raw: bytes) -> Self:
-        """The canonical CBOR array [identity, {partition: offset}]."""
+        """Read the canonical CBOR array [identity, {partition: offset}]."""
         log, offsets = cbor2.loads(raw)
-        if not isinstance(log, bytes):  # UUID would take a text of 16 characters, and fail on it by an assertion
+        if not isinstance(log, bytes):  # UUID would accept a text of 16 characters, and fail with an AssertionError
             raise TypeError("the identity is no byte string")
         position = cls(UUID(bytes=log), dict(offsets))
         if not all(_is_count(p) and _is_count(o) for p, o in position.offsets.items()):
@@ -140,14 +140,14 @@ class Position:
         return all(self.offsets.get(p, 0) >= offset for p, offset in other.offsets.items())
 
     def furthest(self, other: Position) -> Position:
-        """The position that is at or beyond both, of the same log, and beyond nothing that neither is."""
+        """The least position that covers both, which must be of the same log."""
         offsets = dict(self.offsets)
         for partition, offset in other.offsets.items():
             offsets[partition] = max(offset, offsets.get(partition, 0))
         return Position(self.log, offsets)
 
     def left_behind(self, reached: Position | None) -> dict[int, int]:
-        """Per partition, how many offsets lie between `reached` and this; all where nothing of this log was reached."""
+        """By partition, how many offsets `reached` is behind this. None, or another log's position, counts as zero."""
         offsets = {} if reached is None or reached.log != self.log else reached.offsets
         return {p: max(0, offset - offsets.get(p, 0)) for p, offset in sorted(self.offsets.items())}
 
@@ -166,9 +166,9 @@ class Position:
 
 
 def _packed(offsets: Mapping[int, int], block: int) -> bytes:
-    """The offsets of one block: how many partitions it has, the least value, and by how much each is above it.
+    """The offsets of one block: the number of its partitions, the least value, and each value's difference from it.
 
-    A value is the offset and one, 0 for an absent partition; the differences have as many bits as the greatest needs.
+    A value is the offset plus one, or 0 for an absent partition. Differences have as many bits as the largest needs.
     """
     values = [offsets.get(partition, -1) + 1 for partition in range(block * _BLOCK, (block + 1) * _BLOCK)]
     while not values[-1]:
@@ -182,9 +182,9 @@ def _packed(offsets: Mapping[int, int], block: int) -> bytes:
     return b"%c%b%c%b" % (len(values), _digits(least), bits, packed.to_bytes(size, "little"))
 
 
-@lru_cache(maxsize=4096)  # of two positions that follow each other most blocks are the same
+@lru_cache(maxsize=4096)  # most blocks of two successive positions are the same
 def _unpacked(block: bytes) -> tuple[int, ...]:
-    """The values that `_packed` encoded. Raises ValueError when it would have encoded them otherwise."""
+    """The values that `_packed` encoded. Raises ValueError if it would have encoded them differently."""
     least, at = _number(block, 1)
     bits, packed = block[at], int.from_bytes(block[at + 1 :], "little")
     values = tuple(least + (packed >> place * bits & (1 << bits) - 1) for place in range(block[0]))
@@ -202,7 +202,7 @@ def _block_end(raw: bytes, at: int) -> int:
 
 
 def _digits(number: int) -> bytes:
-    """Seven bits a byte, the low ones first (LEB128)."""
+    """A number in LEB128: seven bits per byte, lowest first."""
     found = bytearray()
     while number > 0x7F:
         found.append(number & 0x7F | 0x80)
@@ -212,7 +212,7 @@ def _digits(number: int) -> bytes:
 
 
 def _number(raw: bytes, at: int) -> tuple[int, int]:
-    """The number that these digits make, and where they end. Raises ValueError, IndexError."""
+    """The LEB128 number at `at`, and the index after it. Raises ValueError, IndexError."""
     number, bits = raw[at] & 0x7F, 0
     while raw[at] & 0x80:
         at, bits = at + 1, bits + 7

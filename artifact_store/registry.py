@@ -1,6 +1,7 @@
 """The operations of the registry: the one interface of the HTTP gateway, the command line and Python programs.
 
-`artifact_store.Client` fulfils it through a gateway, `services.registry.direct.DirectRegistry` on log, blobs and views.
+`artifact_store.Client` implements it through a gateway, `services.registry.direct.DirectRegistry` on log, blobs and
+views.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ManifestFormat = Literal["cbor", "json"]
 Order = Literal["log", "time"]
 
 NOW: Literal["now"] = "now"
-"""The log's end, at the time of the request."""
+"""The log's end at the time of the request."""
 
 Since: TypeAlias = Position | datetime | str | None
 """Where to begin reading: after a position, at a time, at the log's end (`now`), or at its start (None).
@@ -49,7 +50,7 @@ Start: TypeAlias = Position | int | Literal["now"] | None
 
 
 def start_of(since: Since) -> Start:
-    """Read where to begin. Raises InvalidPositionError; InvalidRequestError for a time without its offset from UTC."""
+    """Parse where to begin. Raises InvalidPositionError; InvalidRequestError for a time without an offset from UTC."""
     if isinstance(since, datetime):
         since = since.isoformat()
     if not isinstance(since, str):
@@ -65,7 +66,7 @@ def start_of(since: Since) -> Start:
 
 
 def start_text(start: Start) -> str | None:
-    """The text that `start_of` reads again; None for the log's start."""
+    """The text that `start_of` parses back; None for the log's start."""
     if isinstance(start, int):
         return times.to_text(start)
     return None if start is None else str(start)
@@ -76,9 +77,9 @@ ANYONE = "anonymous"
 
 
 class Registry(ABC):
-    """Packages in, files in, manifests and bytes out, events to follow.
+    """Create packages, add files, read manifests and bytes, and follow events.
 
-    Most callers want the first six operations (`create_package` … `tail_events`). The others return whole
+    Most callers need only the first six operations (`create_package` … `tail_events`). The others return whole
     acknowledgements and pages. Every operation may raise UnavailableError or PushBackError. Retry it with the same
     `command_id`: a repeat gets the first answer. Answers are kept until 24 hours after the package is finalized. A
     repeat after that raises AnswerExpiredError, whether the command was recorded or not.
@@ -153,7 +154,7 @@ class Registry(ABC):
         return ContentAddress.of_digest(done.manifest_digest)
 
     async def get_file(self, file_id: UUID) -> AsyncIterator[bytes]:
-        """An iterator over the file's bytes. Raises FileNotFoundInRegistryError here, CorruptError while iterating."""
+        """An iterator over the file's bytes. Raises FileNotFoundInRegistryError; iterating may raise CorruptError."""
         return await self.open_content(file_id)
 
     async def tail_events(
@@ -167,8 +168,8 @@ class Registry(ABC):
     ) -> AsyncIterator[RecordedEvent]:
         """Follow events for as long as the caller iterates; in order per package.
 
-        `since_sequence` skips a package's events up to that number, and needs `package_id`. `since` and `where` are
-        those of `read_events`. With the embedded log, an event may be seen up to `poll_interval_seconds` late.
+        `since_sequence` skips a package's events up to that sequence, and needs `package_id`. For `since` and `where`,
+        see `read_events`. With the embedded log, an event may be seen up to `poll_interval_seconds` late.
 
         Raises:
             InvalidRequestError: a sequence without a package, or a bad `since`. InvalidPositionError, LogIdentityError:
@@ -201,7 +202,7 @@ class Registry(ABC):
 
     @abstractmethod
     async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
-        """Raise what `ingest` would raise, as far as that is known before the body is read."""
+        """Raise what `ingest` would raise, as far as that can be known before the body is read."""
 
     @abstractmethod
     async def ingest(
@@ -232,12 +233,12 @@ class Registry(ABC):
     ) -> Acknowledgement:
         """As `ingest_files`, for files whose bytes are stored already: the registry reads and verifies them there.
 
-        Raises UnknownContentError when a file's bytes are not there: nothing is recorded, send the bytes.
+        Raises UnknownContentError if a file's bytes are not stored: nothing is recorded, send the bytes.
         """
 
     @abstractmethod
     async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
-        """Return those of these blobs (BLAKE3, 32 raw bytes each) that are stored at their content-addressed keys."""
+        """The blobs among these (BLAKE3, 32 raw bytes each) that are stored under their content-addressed keys."""
 
     @abstractmethod
     def read_files(
@@ -248,9 +249,9 @@ class Registry(ABC):
         largest: int | None = None,
         wait_sequence: int | None = None,
     ) -> AsyncGenerator[Group, None]:
-        """The files of a finalized package with their bytes, by the UTF-8 bytes of their paths.
+        """The files of a finalized package with their bytes, sorted by the UTF-8 bytes of their paths.
 
-        `after` leaves out the files up to that path, `largest` those of more bytes. The bytes are not verified: the
+        `after` leaves out the files up to that path, `largest` those with more bytes. The bytes are not verified: the
         caller has their digests.
 
         Raises (on iteration): PackageNotFoundError; IllegalPackageStateError while the package is open; CorruptError.
@@ -262,10 +263,10 @@ class Registry(ABC):
 
     @abstractmethod
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
-        """The package as the view has it. Raises PackageNotFoundError.
+        """The package as the view shows it. Raises PackageNotFoundError.
 
-        `wait_sequence` waits until the view has the package's event of that number. Raises WaitTimeoutError after a
-        bounded wait, and SequenceBeyondLogError at once when the log has no such event.
+        `wait_sequence` waits until the view has the package's event with that sequence. Raises WaitTimeoutError after a
+        bounded wait, and SequenceBeyondLogError at once if the log has no such event.
         """
 
     @abstractmethod
@@ -294,7 +295,7 @@ class Registry(ABC):
         cursor: str | None = None,
         wait_sequence: int | None = None,
     ) -> Page[File]:
-        """Files of a package by the UTF-8 bytes of their paths. Raises PackageNotFoundError."""
+        """Files of a package, sorted by the UTF-8 bytes of their paths. Raises PackageNotFoundError."""
 
     @abstractmethod
     async def get_file_record(self, file_id: UUID) -> File:

@@ -93,7 +93,7 @@ def check_metadata_size(text: str, max_bytes: int) -> None:
 
 
 def parse_number(text: str) -> int | None:
-    """The number that these decimal digits are; None for any other text, and above MAX_NUMBER.
+    """The number in decimal digits; None for any other text, and above MAX_NUMBER.
 
     Use this for headers and parameters. `int` also takes signs, blanks, underscores and the digits of other scripts,
     and raises ValueError for more than 4,300 digits.
@@ -111,7 +111,7 @@ def check_host(host: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches this host, a name or an address without brackets."""
+    """Whether this host, a name or an address without brackets, can only be reached from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -119,7 +119,7 @@ def is_loopback(host: str) -> bool:
 
 
 def folders_above(path: str) -> Iterator[str]:
-    """The folders that a file of this path lies in, the deepest first."""
+    """The folders of a file with this path, deepest first."""
     end = path.rfind("/")
     while end > 0:
         yield path[:end]
@@ -127,7 +127,7 @@ def folders_above(path: str) -> Iterator[str]:
 
 
 def add_folders(folders: set[str], paths: Iterable[str]) -> None:
-    """Add the folders that these paths lie in. A folder that is in the set has its parents there too."""
+    """Add the folders of these paths. If a folder is in the set, its parents are too."""
     for path in paths:
         for folder in folders_above(path):
             if folder in folders:
@@ -136,7 +136,7 @@ def add_folders(folders: set[str], paths: Iterable[str]) -> None:
 
 
 class PathPair(NamedTuple):
-    """Two paths that are one name on some file systems: a file's, and another file's or a folder's."""
+    """Two paths that are the same name on some file systems: a file's, and another file's or a folder's."""
 
     path: str
     other: str
@@ -153,11 +153,11 @@ NONE_UNPORTABLE = Unportable()
 
 
 def unportable(files: Iterable[str], folders: Iterable[str]) -> Unportable:
-    """Find paths that differ only by case or Unicode form, among files in their order and the folders they lie in.
+    """Find paths that differ only by case or Unicode form, among files in their order and their folders.
 
-    Compared by NFKC and case folding, which is at least as coarse as what file systems do. Folders that clash with
-    each other alone hold their files together, and are not counted. Takes 20 ms for 100,000 ASCII paths, 90 ms for
-    others of 30 characters.
+    Paths are compared by NFKC and case folding, which is at least as coarse as what file systems do. Folders that clash
+    only with each other are not counted: one folder then holds the files of both. Takes 20 ms for 100,000 ASCII paths,
+    90 ms for others of 30 characters.
     """
     files, folders = list(files), list(folders)
     keys, above = [_portable(path) for path in files], [_portable(path) for path in folders]
@@ -170,7 +170,7 @@ def unportable(files: Iterable[str], folders: Iterable[str]) -> Unportable:
 
 
 def _portable(path: str) -> str:
-    """A key that two paths share when some file system takes them for one name."""
+    """A key that two paths share if some file system treats them as one name."""
     if path.isascii():
         return path.lower()
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", path).casefold())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def state_folder(name: str) -> Path | None:
-    """`artifact-store/NAME` in the user's state folder (XDG Base Directory 0.8); None when the user has no home."""
+    """`artifact-store/NAME` in the user's state folder (XDG Base Directory 0.8); None if the user has no home."""
     named = os.environ.get("XDG_STATE_HOME", "")
     try:
         state = Path(named) if named.startswith("/") else Path.home() / ".local" / "state"
@@ -18,12 +18,12 @@ def state_folder(name: str) -> Path | None:
 
 
 def replace_privately(path: Path, content: bytes) -> None:
-    """Replace the file in one step, or make it. Its owner, who stays the same, alone can read it. Raises OSError."""
+    """Create or replace the file atomically. It keeps its owner, and only the owner can read it. Raises OSError."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # only the owner can read it
     try:
         with os.fdopen(descriptor, "wb") as file:
             if path.exists() and (before := path.stat()).st_uid != os.geteuid():
-                os.fchown(descriptor, before.st_uid, before.st_gid)  # root changes what another user reads
+                os.fchown(descriptor, before.st_uid, before.st_gid)  # so that root can replace another user's file
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

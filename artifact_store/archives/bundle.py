@@ -1,8 +1,8 @@
-"""Bundles: many files on their way together, small ones whole, larger ones as streams, in one order.
+"""Bundles: many files that are transferred together, small ones whole, larger ones as streams, in a fixed order.
 
-A bundle is an asynchronous iterator of groups: a sequence of small files, or one larger file, whose stream must be read
-to its end before the next group is asked for. Memory is a group's. `PackLayout` says how a store packs small files into
-blobs, so that a client can name the blobs without sending them.
+A bundle is an asynchronous iterator of groups. A group is a sequence of small files, or one larger file, whose stream
+must be read to its end before the next group is requested. Only one group is in memory. `PackLayout` says how a store
+packs small files into blobs, so that a client can name the blobs without sending them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from dataclasses import dataclass
 
 MAX_BUNDLE_FILES = 10_000
-"""Most files that are ingested together: one command, one transaction."""
+"""The most files that are ingested together, in one command and one transaction."""
 
 SMALL_FILE_BYTES = 256 * 1024
-"""Files up to this size are small: they travel whole and are packed. To ask whether one is stored costs as much as to
-send it."""
+"""Files up to this size are small: they are sent whole and packed. Asking whether one is stored costs as much as
+sending it."""
 
 PACK_BYTES = 8 << 20
-"""Most bytes of a pack: what every store takes in one request."""
+"""The most bytes of a pack. Every store accepts this in one request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class SmallFile:
 
 @dataclass(frozen=True, slots=True)
 class StreamedFile:
-    """A larger file. `body` gives its `size_bytes` once."""
+    """A larger file. `body` gives its `size_bytes` bytes, and can be read once."""
 
     relative_path: str
     media_type: str
@@ -45,7 +45,7 @@ Bundle = AsyncIterable[Group]
 
 
 class HeldFiles(AsyncIterable[Group]):
-    """A bundle of small files in memory. It can be iterated, and so sent, any number of times."""
+    """A bundle of small files in memory. It can be iterated, and therefore sent, any number of times."""
 
     def __init__(self, files: Sequence[SmallFile]) -> None:
         self.files = files
@@ -56,7 +56,7 @@ class HeldFiles(AsyncIterable[Group]):
 
 @dataclass(frozen=True, slots=True)
 class NamedFile:
-    """A file whose bytes the store should have: `size_bytes` from `offset` of the blob of this BLAKE3 (32 raw bytes).
+    """A file whose bytes the store should have: `size_bytes` at `offset` in the blob with this BLAKE3 (32 raw bytes).
 
     `blake3` is the file's own digest. A file that is a whole blob has the blob's digest and offset 0.
     """
@@ -70,7 +70,7 @@ class NamedFile:
 
 
 class PackLayout:
-    """Which bytes of a bundle go where: the rule that client and store both follow. Digests are 32 raw bytes."""
+    """Where each file of a bundle lies in packs. Client and store follow the same rule. Digests are 32 raw bytes."""
 
     def __init__(self) -> None:
         self._places: dict[bytes, tuple[int, int]] = {}

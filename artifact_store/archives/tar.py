@@ -2,8 +2,8 @@
 
 The reader takes ustar, pax and GNU long names (POSIX.1-2017 pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar
 Format"): regular files and folders, and nothing that two readers could understand differently. It refuses everything
-else with the entry's number and name. `tarfile` will not do: it follows links, unpacks sparse files, continues after
-damage, and takes a truncated archive for a whole one.
+else with the entry's number and name. `tarfile` is not suitable: it follows links, unpacks sparse files, continues
+after damage, and accepts a truncated archive as complete.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ END = bytes(2 * BLOCK)
 _NAME_BYTES = 100
 
 MAX_EXTENSION_BYTES = 64 * 1024
-"""Most bytes of one extension header: names and attributes."""
+"""The most bytes of one extension header, with names and attributes."""
 
 MAX_TRAILING_BYTES = 1 << 20
-"""Most bytes of zeros after an archive's end. Writers pad their last record, mostly to 10 KiB."""
+"""The most bytes of zeros after an archive's end. Writers pad their last record, usually to 10 KiB."""
 
 _FILES = frozenset({b"0", b"\0", b"7"})
 
@@ -65,7 +65,7 @@ FED_BYTES = 512 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is used of a header: the name with its prefix, the size in bytes, the kind of entry."""
+    """The fields of a header that are used: the name with its prefix, the size in bytes, the kind of entry."""
 
     name: bytes
     size: int
@@ -73,10 +73,10 @@ class Header:
 
 
 def parse_header(block: bytes, number: int) -> Header:
-    """Take a header apart; `number` is the entry's, for messages. Raises InvalidArchiveError."""
+    """Parse a header; `number` is the entry's, for messages. Raises InvalidArchiveError."""
     name, size, checksum, kind, magic, prefix = _FIELDS.unpack(block)
     name = name.partition(b"\0")[0]
-    # The checksum counts its own field as blanks (POSIX.1-2017 pax, "ustar Interchange Format").
+    # The checksum treats its own field as blanks (POSIX.1-2017 pax, "ustar Interchange Format").
     if number_of(checksum) != sum(block) - sum(checksum) + 8 * 0x20:
         raise InvalidArchiveError(
             f"entry {number} has a header with a wrong checksum: this is not a tar archive, or it is damaged"
@@ -154,7 +154,7 @@ def shown(name: str) -> str:
 
 
 def entry_header(relative_path: str, size_bytes: int, modified: int = 0) -> bytes:
-    """What stands before a file's bytes; `modified` in seconds since 1970."""
+    """The headers before a file's bytes; `modified` is in seconds since 1970."""
     name = relative_path.encode()
     records = {}
     if len(name) > _NAME_BYTES:
@@ -167,13 +167,13 @@ def entry_header(relative_path: str, size_bytes: int, modified: int = 0) -> byte
 
 
 def padding(size_bytes: int) -> bytes:
-    """What follows a file's bytes."""
+    """The padding after a file's bytes."""
     return bytes(-size_bytes % BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
 class ArchiveLimits:
-    """What an archive may hold: files and, apart from them, folders; bytes of one file; bytes that come whole."""
+    """The limits of an archive: its files, and as many folders; the bytes of one file; the bytes of a small file."""
 
     max_files: int
     max_file_bytes: int
@@ -190,7 +190,7 @@ class WholeEntry:
 
 @dataclass(frozen=True, slots=True)
 class EntryBegin:
-    """A larger file begins; its `size_bytes` follow as pieces, before anything else does."""
+    """A larger file begins; its `size_bytes` bytes follow as pieces, before anything else."""
 
     relative_path: str
     size_bytes: int
@@ -208,7 +208,7 @@ Found = WholeEntry | EntryBegin | EntryPiece
 
 @dataclass(slots=True)
 class _Extension:
-    """What extension headers say about the next entry."""
+    """The values of extension headers for the next entry."""
 
     path: str | None = None
     size: int | None = None
@@ -216,7 +216,7 @@ class _Extension:
 
 
 class TarReader:
-    """Reads one archive: `feed` it the bytes in order, then `close`. One thread at a time. Holds one small file."""
+    """Reads one archive: `feed` it the bytes in order, then `close`. For one thread at a time. Holds one small file."""
 
     def __init__(self, limits: ArchiveLimits) -> None:
         self._limits = limits
@@ -234,20 +234,20 @@ class TarReader:
 
     @property
     def files(self) -> int:
-        """How many files were found so far."""
+        """The number of files found so far."""
         return len(self._seen)
 
     def feed(self, data: bytes) -> list[Found]:
         """Take the next bytes, and return what they complete.
 
         Raises:
-            InvalidArchiveError: the archive is malformed, or holds something else than files and folders.
+            InvalidArchiveError: the archive is malformed, or has something other than files and folders.
             InvalidPathError, DuplicateRelativePathError: a file's path. TooLargeError: a limit.
         """
         return list(self._parse(data))
 
     def close(self) -> None:
-        """Raises InvalidArchiveError: the archive was cut off."""
+        """End the archive. Raises InvalidArchiveError: it was cut off."""
         if self._zeros < 2:
             where = f"in entry {self._number}" if self._number and self._unfinished else "before its end marker"
             raise InvalidArchiveError(f"the archive is cut off {where}")
@@ -417,7 +417,7 @@ class TarReader:
             raise InvalidPathError(f"{self._where(name)}: {error.detail}") from None
 
     def _size(self, header: Header, name: str) -> int:
-        """The size that every reader takes it to have: a pax size counts only where the header cannot say it."""
+        """The size on which all readers agree: a pax size counts only if the header's field cannot hold it."""
         said = self._extension.size
         if said is None or said == header.size:
             return header.size
@@ -442,7 +442,7 @@ class TarReader:
 async def entries_of(reader: TarReader, body: AsyncIterable[bytes]) -> AsyncIterator[Group]:
     """The files of the archive in `body`, with media types guessed from their names.
 
-    Iterating raises what `TarReader` raises, and what reading the body raises.
+    Iterating raises whatever `TarReader` and reading the body raise.
     """
     steps = _steps(reader, body)
     group: list[SmallFile] = []
@@ -458,7 +458,7 @@ async def entries_of(reader: TarReader, body: AsyncIterable[bytes]) -> AsyncIter
                         group = []
                     pieces = _pieces(size, rest, steps)
                     yield StreamedFile(path, guess_media_type(path), size, pieces)
-                    async for _ in pieces:  # what the caller did not read
+                    async for _ in pieces:  # skip what the caller did not read
                         pass
         if group:
             yield group
@@ -477,7 +477,7 @@ async def _pieces(size: int, rest: list[Found], steps: AsyncIterator[list[Found]
 
 
 async def _steps(reader: TarReader, body: AsyncIterable[bytes]) -> AsyncIterator[list[Found]]:
-    """What the archive holds, step by step; then check that it was complete."""
+    """The contents of the archive, step by step. At the end, check that it was complete."""
     waiting: list[bytes] = []
     size = 0
     async for chunk in body:
@@ -491,7 +491,7 @@ async def _steps(reader: TarReader, body: AsyncIterable[bytes]) -> AsyncIterator
 
 
 async def tar_of(bundle: Bundle, modified: int = 0) -> AsyncGenerator[bytes, None]:
-    """The bundle as an archive; every entry's time is `modified`, in seconds since 1970."""
+    """The bundle as an archive. `modified`, in seconds since 1970, is the time of every entry."""
     async for group in bundle:
         if isinstance(group, StreamedFile):
             yield entry_header(group.relative_path, group.size_bytes, modified)

@@ -1,4 +1,4 @@
-"""The registry's operations through a gateway: requests, retries, and bodies that go on where a connection was lost.
+"""The registry's operations through a gateway: requests, retries, and bodies that continue after a lost connection.
 
-Imports everything of this distribution but `transfers`. Start reading at `client.py`.
+Imports everything of this distribution except `transfers`. Start reading at `client.py`.
 """

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class _LoopThread:
-    """An event loop in a thread of its own."""
+    """An event loop in a separate thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -33,7 +33,7 @@ class _LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result], seconds: float | None = None) -> Result:
-        """Do the work there and return its result. Raises TimeoutError after so many seconds; the work is cancelled."""
+        """Do the work there and return its result. After `seconds`, cancels the work and raises TimeoutError."""
         doing = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return doing.result(seconds)
@@ -42,7 +42,7 @@ class _LoopThread:
             raise
 
     def close(self) -> None:
-        """End it. Blocks until it has ended."""
+        """End the thread. Blocks until it has ended."""
         self.run(self._loop.shutdown_asyncgens())
         self.run(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -89,8 +89,8 @@ def _followed(
 class SyncClient:
     """`Client` without `async`. Use it inside `with`; any number of threads may share it.
 
-    Operations have the arguments, results and errors of `Client`'s, and block. What is an asynchronous iterator there
-    is an iterator here.
+    Operations have the arguments, results and errors of those of `Client`, and block. Asynchronous iterators are
+    iterators here.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SyncClient:
         token_file: Path | None = None,
         ca: Path | None = None,
     ) -> None:
-        """As `Client`. `notify` is called in a thread of the client's own."""
+        """As `Client`. `notify` is called in the client's own thread."""
         self.registry = Client(url, policy, notify, token_file=token_file, ca=ca)
         self._thread: _LoopThread | None = None
 
@@ -142,7 +142,7 @@ class SyncClient:
         spool: Path | str | None = None,
         max_bytes: int | None = None,
     ) -> SyncFileStream:
-        """As `Client.stream`, for `with`. Files that several threads add travel together as well."""
+        """As `Client.stream`, for `with`. Files that several threads add are also sent together."""
         return SyncFileStream(self, lambda: self.registry.stream(package_id, actor, spool=spool, max_bytes=max_bytes))
 
     def run(self, work: Coroutine[Any, Any, Result], seconds: float | None = None) -> Result:
@@ -156,7 +156,7 @@ class SyncClient:
         return self._thread.run(work, seconds)
 
     def iterate(self, source: AsyncIterator[Result]) -> Iterator[Result]:
-        """Iterate over what `registry` gives asynchronously. Close the iterator when you stop before its end."""
+        """Iterate over an asynchronous iterator of `registry`. Close the iterator if you stop before its end."""
 
         async def following() -> tuple[Result] | None:
             try:

@@ -1,4 +1,4 @@
-"""Where the bytes of a request come from.
+"""The sources of request bodies.
 
 A `BodySource` can be read again from any offset, so its bytes are sent again after a lost connection. Any other stream
 is sent once.
@@ -29,26 +29,26 @@ _READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 class BodySource(ABC, AsyncIterable[bytes]):
     """A body that can be read any number of times, in chunks of at most 1 MiB.
 
-    `size_bytes` is its length, or None when that is not known in advance.
+    `size_bytes` is its length, or None if that is not known in advance.
     """
 
     size_bytes: int | None
 
     @property
     def digest(self) -> bytes | None:
-        """The BLAKE3 of the whole (32 raw bytes), or None when it would cost another reading."""
+        """The BLAKE3 of the whole body (32 raw bytes), or None if it would have to be read for that."""
         return None
 
     @abstractmethod
     def __aiter__(self) -> AsyncGenerator[bytes, None]:
-        """Read from the beginning. Close the iterator when you stop before its end."""
+        """Read from the beginning. Close the iterator if you stop before its end."""
 
     def behind(self, offset: int) -> BodySource:
         """The body from this offset on."""
         return _Rest(self, offset)
 
     async def blake3(self) -> bytes:
-        """Read the whole and return its BLAKE3 (32 raw bytes). Raises what iterating raises."""
+        """Read the whole body and return its BLAKE3 (32 raw bytes). Raises whatever iterating raises."""
         hashed = blake3()
         async with aclosing(aiter(self)) as chunks:
             async for chunk in chunks:
@@ -74,7 +74,7 @@ class _Rest(BodySource):
 
 
 class BytesSource(BodySource):
-    """A body that lies in memory."""
+    """A body in memory."""
 
     def __init__(self, data: bytes | bytearray | memoryview) -> None:
         self._data = memoryview(data).cast("B")
@@ -91,7 +91,7 @@ class BytesSource(BodySource):
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """How a change of a file is noticed: by its size in bytes and its time of modification in ns."""
+    """The size in bytes and the modification time in ns of a file, by which a change is noticed."""
 
     size_bytes: int
     modified_ns: int
@@ -104,11 +104,11 @@ class FileStamp:
 class FileSource(BodySource):
     """A file on disk that must not change from its `stamp`. It is read in threads, so the event loop never waits.
 
-    Iterating raises ContentMismatchError when the file has changed since `stamp`, and OSError when it cannot be read.
+    Iterating raises ContentMismatchError if the file has changed since `stamp`, and OSError if it cannot be read.
     """
 
     def __init__(self, path: Path | str, stamp: FileStamp, offset: int = 0) -> None:
-        """`offset` is where reading begins."""
+        """Reading begins at `offset`."""
         self._path = path
         self._stamp = stamp
         self._offset = offset
@@ -155,7 +155,7 @@ class FileSource(BodySource):
         return data
 
     def _check_end(self, descriptor: int) -> None:
-        """Raise as `_check`, and when bytes follow: files that a kernel makes up hold more than their length says."""
+        """Raise as `_check`, also if more bytes follow: files that the kernel generates are longer than they claim."""
         self._check(descriptor)
         if os.pread(descriptor, 1, self._stamp.size_bytes):
             raise self._changed()
@@ -175,7 +175,7 @@ class FileSource(BodySource):
 
 
 class SeekableSource(BodySource):
-    """A seekable file object, read from where it stood when it was handed over."""
+    """A seekable file object, read from its position at the time of construction."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from artifact_store.client.stream import FileStream
     from artifact_store.client.subscribing import SubscriptionsClient
 
-# A command that pushes or pulls does without pydantic, and most programs without streams and subscriptions: such
-# modules are imported where they are used.
+# Pushing and pulling do not need pydantic, and most programs do not need streams and subscriptions: such modules are
+# imported where they are used.
 
 _OPEN = "created"
 _log = logging.getLogger(__name__)
@@ -72,13 +72,13 @@ _log = logging.getLogger(__name__)
 REMEMBERED_PACKAGES = 10_000
 
 RESUMABLE_BYTES = 64 << 20
-"""Files from this length on are sent in as many requests as it takes, if they can be read from any offset."""
+"""Files of at least this length are sent in as many requests as needed, if they can be read from any offset."""
 
 
 class Client(Registry):
     """The registry behind a gateway's URL. Use it inside `async with`; many tasks of one event loop may share it.
 
-    Operations are retried as `policy` says. Once its time is over they raise UnavailableError or PushBackError.
+    Operations are retried according to `policy`. When its time is over, they raise UnavailableError or PushBackError.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Client(Registry):
 
     @property
     def subscriptions(self) -> SubscriptionsClient:
-        """Subscriptions: events that the gateway's side sends to a URL."""
+        """Subscriptions: the server sends events to a URL."""
         from artifact_store.client.subscribing import SubscriptionsClient
 
         return SubscriptionsClient(self._transport)
@@ -129,7 +129,7 @@ class Client(Registry):
     ) -> Acknowledgement:
         for field, text in (("name", name), ("producer", producer), ("subject", subject)):
             check_text(field, text)
-        metadata_text(metadata, sys.maxsize)  # how large it may be is the gateway's to say
+        metadata_text(metadata, sys.maxsize)  # the gateway checks the size
         request = {
             "name": name,
             "producer": producer,
@@ -143,7 +143,7 @@ class Client(Registry):
         return self._acknowledged(answers.created(answer.body))
 
     async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
-        """Check by what the view shows. `ingest` asks the package's writer before it sends a large body."""
+        """Check against the view. `ingest` asks the package's writer before it sends a large body."""
         check_path(relative_path)
         package = await self.get_package(package_id)
         if command_id is not None:
@@ -167,7 +167,7 @@ class Client(Registry):
         declared: Declared | None = None,
         command_id: UUID | None = None,
     ) -> UUID:
-        # Bytes and seekable files can be sent again, so the caller need not care about a lost connection.
+        # Bytes and seekable files can be sent again, so that callers need not handle lost connections.
         done = await self.ingest(
             package_id,
             relative_path,
@@ -192,7 +192,7 @@ class Client(Registry):
     ) -> Acknowledgement:
         """As `Registry.ingest`. After a lost connection a `BodySource` is sent again, any other stream is not.
 
-        Raises UnavailableError when the connection was lost with such a stream: the outcome is unknown.
+        Raises UnavailableError if the connection was lost with such a stream: the outcome is unknown.
         """
         check_path(relative_path)
         check_header_text("media_type", media_type)
@@ -238,7 +238,7 @@ class Client(Registry):
         declared: Declared,
         command: UUID,
     ) -> Acknowledgement:
-        """Send a large file in as many requests as it takes. Bytes that an earlier run sent are not sent again."""
+        """Send a large file in as many requests as needed. Bytes that an earlier run sent are not sent again."""
         from artifact_store.client.resumable import send_resumably
 
         # With the digest declared, an upload of another file's bytes under this command is not continued.
@@ -285,14 +285,14 @@ class Client(Registry):
         spool: Path | str | None = None,
         max_bytes: int | None = None,
     ) -> FileStream:
-        """Add many files to a package, one by one; they travel together. Use it inside `async with`.
+        """Add many files to a package, one by one; they are sent together. Use it inside `async with`.
 
             async with registry.stream(package_id) as files:
                 await files.add("frame-00001.bin", data)
 
-        `spool` is a folder of one producer, in which files wait that are not acknowledged yet; they outlive this
-        process. Without it they wait in memory, and the stream ends with UnavailableError once the gateway was away
-        for the policy's `total_seconds`. `max_bytes` is how much may wait: 1 GiB in a spool, 64 MiB in memory.
+        `spool` is a folder of one producer, in which files wait until they are acknowledged; they outlive this process.
+        Without it they wait in memory, and the stream ends with UnavailableError when the gateway has been down for the
+        policy's `total_seconds`. `max_bytes` is how much may wait: by default 1 GiB in a spool, 64 MiB in memory.
         """
         from artifact_store.client.spool import SPOOL_BYTES, Spool
         from artifact_store.client.stream import MEMORY_BYTES, FileStream, MemoryBacklog
@@ -386,7 +386,7 @@ class Client(Registry):
         try:
             await stream.open()
         except RangeNotSatisfiableError as error:
-            if offset == 0 and error.size == 0:  # an empty file holds nothing from its beginning on
+            if offset == 0 and error.size == 0:  # an empty file has no bytes, not even from offset 0 on
                 return _nothing()
             raise
         if offset == 0 and length is None and stream.address is not None:
@@ -416,7 +416,7 @@ class Client(Registry):
         order: Order = "log",
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
-        """As `Registry.read_events`. A gateway sends events as they come, so `poll_seconds` has no effect."""
+        """As `Registry.read_events`. A gateway sends events as they arrive, so `poll_seconds` has no effect."""
         from artifact_store.client.following import (
             follow_events,  # its models take time to load, and only readers of events need them
         )
@@ -450,14 +450,14 @@ async def _nothing() -> AsyncIterator[bytes]:
 
 def _write_headers(actor: str, command_id: UUID | None) -> dict[str, str]:
     key = {http.IDEMPOTENCY_KEY: str(command_id or uuid4())}
-    if actor == ANYONE:  # nobody was named, so the gateway says who it is
+    if actor == ANYONE:  # no actor was named, so the gateway determines it
         return key
     check_header_text("actor", actor)
     return {http.ACTOR: actor, **key}
 
 
 def _completed(declared: Declared, body: AsyncIterable[bytes]) -> Declared:
-    """What the caller declared, with what the source knows of itself."""
+    """The caller's declaration, completed with what the source knows about itself."""
     if not isinstance(body, BodySource):
         return declared
     return Declared(
@@ -487,7 +487,7 @@ class Written:
         self._unseen: OrderedDict[UUID, int] = OrderedDict()
 
     def wrote(self, package_id: UUID, sequence: int) -> None:
-        """Remember that the package has an event of this number."""
+        """Remember that the package has an event with this sequence."""
         newest = max(sequence, self._last.pop(package_id, 0))
         self._last[package_id] = newest
         self._unseen[package_id] = newest
@@ -496,7 +496,7 @@ class Written:
             self._unseen.pop(forgotten, None)
 
     def last(self, package_id: UUID) -> int:
-        """The number of the last event written to the package, 0 when none is remembered."""
+        """The sequence of the last event written to the package; 0 if none is remembered."""
         return self._last.get(package_id, 0)
 
     def seen(self, package_id: UUID, sequence: int) -> None:
@@ -505,5 +505,5 @@ class Written:
             self._unseen.pop(package_id, None)
 
     def unseen(self) -> tuple[UUID, ...]:
-        """The packages whose last event no view has shown yet."""
+        """The packages whose last written event no view has shown yet."""
         return tuple(self._unseen)

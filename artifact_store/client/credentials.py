@@ -1,6 +1,6 @@
-"""What a client proves itself by: a token in a file, or the login of a person.
+"""The credentials of a client: a token in a file, or the login of a person.
 
-A token is sent over https, or to a loopback address, and nowhere else. It is never in a URL, an error or a `repr`.
+A token is only sent over https or to a loopback address. It is never in a URL, an error or a `repr`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TokenFile:
         return f"TokenFile({str(self.path)!r})"
 
     async def token(self) -> str:
-        """The token in the file now. Blocks while it reads. Raises ConfigurationError."""
+        """The token that the file has now. Blocks while it reads. Raises ConfigurationError."""
         try:
             about = self.path.stat()
             state = (about.st_ino, about.st_size, about.st_mtime_ns)
@@ -68,14 +68,14 @@ class TokenFile:
 
 
 def check_secure(url: str) -> None:
-    """Raise ConfigurationError when a token that is sent to `url` could be read on its way."""
+    """Raise ConfigurationError if a token that is sent to `url` could be read on the way."""
     parts = urlsplit(url)
     if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
         raise ConfigurationError(f"{url} is not https: a token is sent only over https or to a loopback address")
 
 
 async def trust(ca: Path | None = None) -> ssl.SSLContext:
-    """Trust in the system's authorities, and in those of the PEM file `ca`, or else of the one ARTIFACT_STORE_CA names.
+    """A context that trusts the system's authorities and those in the PEM file `ca`, by default ARTIFACT_STORE_CA.
 
     Raises ConfigurationError.
     """
@@ -84,6 +84,6 @@ async def trust(ca: Path | None = None) -> ssl.SSLContext:
     if named is not None:
         try:
             context.load_verify_locations(named)
-        except OSError as error:  # ssl.SSLError is one: the file is no PEM
+        except OSError as error:  # including ssl.SSLError: the file is not PEM
             raise ConfigurationError(f"the authorities in {named} ({CA}) cannot be used: {error.strerror}") from None
     return context

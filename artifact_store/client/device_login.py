@@ -1,4 +1,4 @@
-"""The login of a person: the device flow (RFC 8628) with an issuer of the gateway, and the tokens that it left.
+"""The login of a person: the device flow (RFC 8628) with an issuer of the gateway, and the tokens from it.
 
 The gateway says at which issuers people can log in (`GET /v1/login`). The rest is between this client and the issuer.
 Requests carry the ID token: its audience is the client's id, which the gateway's policy names. It is renewed by the
@@ -41,18 +41,18 @@ _SLOWER_SECONDS = 5.0  # RFC 8628 §3.5
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a person has to do: open the address and type in the code. `complete` is an address that has the code."""
+    """Instructions for a person: open the address and type in the code. `complete` is an address with the code."""
 
     address: str
     code: str
     complete: str | None
     seconds: float
-    """How long the code is good for."""
+    """How long the code is valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """What a login left. The names are those in its file."""
+    """The tokens of a login. The names are those in its file."""
 
     url: str
     issuer: str
@@ -64,7 +64,7 @@ class _Tokens:
 
 
 class Login:
-    """A login that is stored in a file. Processes may share it: one renews it, the others take what it got."""
+    """A login that is stored in a file. Processes may share it: one renews it, and the others use the new token."""
 
     def __init__(self, path: Path, ca: Path | None = None) -> None:
         self._path = path
@@ -76,7 +76,7 @@ class Login:
         return f"Login({str(self._path)!r})"
 
     async def token(self) -> str:
-        """The ID token, renewed when it is about to expire.
+        """The ID token, renewed if it is about to expire.
 
         Raises UnauthenticatedError: the login has ended; UnavailableError: the issuer cannot be asked for a new token.
         """
@@ -121,10 +121,10 @@ class Login:
 
 
 def find_credentials(url: str, token_file: Path | None = None, ca: Path | None = None) -> Credentials | None:
-    """What proves this user to the gateway at `url`: the token file, or what `artifact-store login` left.
+    """This user's credentials for the gateway at `url`: the token file, or the login of `artifact-store login`.
 
-    Without `token_file`, ARTIFACT_STORE_TOKEN_FILE names the file. A login is renewed with trust in `ca`. None when
-    there is neither.
+    Without `token_file`, ARTIFACT_STORE_TOKEN_FILE names the file. A login is renewed with trust in `ca`. None if there
+    is neither.
     """
     if token_file is not None:
         return TokenFile(token_file)
@@ -134,13 +134,13 @@ def find_credentials(url: str, token_file: Path | None = None, ca: Path | None =
 
 
 def stored_login(url: str, ca: Path | None = None) -> Login | None:
-    """The login at the gateway of this URL; None when nobody has logged in there."""
+    """The login at the gateway with this URL; None if nobody has logged in there."""
     path = _file_of(url)
     return Login(path, ca) if path is not None and path.exists() else None
 
 
 def forget_login(url: str) -> bool:
-    """Remove the login at the gateway of this URL. Returns whether there was one. Raises OSError."""
+    """Remove the login at the gateway with this URL. Returns whether there was one. Raises OSError."""
     path = _file_of(url)
     if path is None or not path.exists():
         return False
@@ -151,9 +151,9 @@ def forget_login(url: str) -> bool:
 
 
 async def log_in(url: str, issuer: LoginIssuer, show: Callable[[Prompt], None], *, ca: Path | None = None) -> Login:
-    """Log a person in at one of the gateway's issuers, and store that for this URL. Waits until they have done it.
+    """Log a person in at one of the gateway's issuers, and store the login for this URL. Waits until they are done.
 
-    `show` is called once, with what they have to do. Raises UnauthenticatedError: they refused, or took too long;
+    `show` is called once, with their instructions. Raises UnauthenticatedError: they refused, or took too long;
     UnavailableError, ConfigurationError.
     """
     check_secure(url)
@@ -197,7 +197,7 @@ async def _endpoints(session: aiohttp.ClientSession, issuer: str) -> dict[str, s
 
 
 async def _begin(session: aiohttp.ClientSession, endpoint: str, client_id: str) -> Mapping[str, Any]:
-    for scope in (_SCOPE, "openid"):  # some issuers give no refresh tokens to this client and say so
+    for scope in (_SCOPE, "openid"):  # some issuers refuse to give refresh tokens to this client
         status, answer = await _post(session, endpoint, {"client_id": client_id, "scope": scope})
         if status == 200:
             return answer
@@ -244,7 +244,7 @@ def _tokens_of(
 
 
 def _expiry(token: str) -> float:
-    """When an ID token expires. It came from the issuer over TLS, so nothing of it is checked here."""
+    """When an ID token expires. It came from the issuer over TLS, so it is not verified here."""
     with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
         body = token.split(".")[1]
         return float(json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))["exp"])
@@ -293,7 +293,7 @@ async def _post(session: aiohttp.ClientSession, address: str, form: Mapping[str,
 
 
 async def _ask(session: aiohttp.ClientSession, method: str, address: str, **options: Any) -> tuple[int, dict[str, Any]]:
-    """Status and JSON object of an answer; an empty object when it has none. Raises UnavailableError."""
+    """Status and JSON object of an answer; an empty object if it has none. Raises UnavailableError."""
     try:
         async with session.request(
             method, address, allow_redirects=False, headers={"Accept": "application/json"}, **options
@@ -302,7 +302,7 @@ async def _ask(session: aiohttp.ClientSession, method: str, address: str, **opti
             while len(body) <= _MAX_DOCUMENT_BYTES and (chunk := await response.content.read(_MAX_DOCUMENT_BYTES)):
                 body += chunk
     except (aiohttp.ClientError, TimeoutError) as error:
-        # Without the cause: it may hold the request, and that the tokens.
+        # Without the cause, because it may contain the request and therefore the tokens.
         raise UnavailableError(f"{address} cannot be asked: {type(error).__name__}") from None
     if response.status >= 500 or response.status == 429:
         raise UnavailableError(f"{address} answered with status {response.status}")
@@ -317,7 +317,7 @@ async def _ask(session: aiohttp.ClientSession, method: str, address: str, **opti
 
 
 def _file_of(url: str) -> Path | None:
-    """Where the login at this gateway is kept; None when the user has no home."""
+    """The path of the login at this gateway; None if the user has no home."""
     folder = state_folder("logins")
     name = hashlib.sha256(url.rstrip("/").encode(errors="surrogatepass")).hexdigest()[:32]
     return None if folder is None else folder / f"{name}.json"
@@ -336,7 +336,7 @@ def _read(path: Path) -> _Tokens:
 
 
 def _write(path: Path, tokens: _Tokens) -> None:
-    """Raises ConfigurationError."""
+    """Store the login. Raises ConfigurationError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.parent.chmod(0o700)
@@ -347,7 +347,7 @@ def _write(path: Path, tokens: _Tokens) -> None:
 
 @asynccontextmanager
 async def _locked(path: Path) -> AsyncIterator[None]:
-    """Hold the login alone, among processes: a refresh token may be good for one use only. Waits in a thread."""
+    """Lock the login among processes, because a refresh token may be valid for only one use. Waits in a thread."""
     try:
         descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:

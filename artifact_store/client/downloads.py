@@ -1,4 +1,4 @@
-"""Downloads: a file's bytes, over as many connections as it takes and checked as a whole, and a package's manifest."""
+"""Downloads: a file's bytes, over as many connections as needed and checked as a whole, and a package's manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BARREN_CONNECTIONS = 5
 """Give up after this many connections in a row without a byte."""
 
 MAX_MANIFEST_BYTES = 1 << 30
-"""A file takes at most 6 KB of a manifest's longer form, and a gateway takes 100,000 files by default."""
+"""The longest manifest. A file takes at most 6 KB in its longer form, and a gateway allows 100,000 files by default."""
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
 
@@ -24,7 +24,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\
 class ContentStream(AsyncIterator[bytes]):
     """The bytes of a file from `offset` on. After a lost connection it continues where that broke off.
 
-    Iterating raises UnavailableError when the gateway stays away, CorruptError when it answers with another range.
+    Iterating raises UnavailableError if the gateway stays down, CorruptError if it answers with another range.
     """
 
     def __init__(self, transport: Transport, path: str, offset: int, length: int | None) -> None:
@@ -36,10 +36,10 @@ class ContentStream(AsyncIterator[bytes]):
         self._response: aiohttp.ClientResponse | None = None
         self._barren = 0
         self.address: str | None = None
-        """The content address of the whole file, as the gateway's `ETag` has it."""
+        """The content address of the whole file, from the gateway's `ETag`."""
 
     async def open(self) -> ContentStream:
-        """Send the request, so that its errors show here and not while iterating. Raises what the answer stands for."""
+        """Send the request, so that its errors appear here and not while iterating. Raises the error in the answer."""
         ranged = not (self._whole and self._position == 0)
         last = "" if self._end is None else str(self._end - 1)
         asked = {"Range": f"bytes={self._position}-{last}"} if ranged else {}
@@ -75,7 +75,7 @@ class ContentStream(AsyncIterator[bytes]):
             return chunk
 
     async def aclose(self) -> None:
-        """Close the connection; the rest is not read."""
+        """Close the connection without reading the rest."""
         self.close()
         self._end = self._position
 
@@ -86,7 +86,7 @@ class ContentStream(AsyncIterator[bytes]):
             self._response = None
 
     def __del__(self) -> None:
-        # A caller may drop an iterator without starting it; do not keep its connection until the session ends.
+        # A caller may drop an iterator without starting it, which must not keep its connection until the session ends.
         self.close()
 
     async def _read(self) -> bytes:
@@ -98,7 +98,7 @@ class ContentStream(AsyncIterator[bytes]):
         return chunk
 
     def _learn(self, response: aiohttp.ClientResponse, *, ranged: bool) -> None:
-        """Read the end and the address from the answer's headers. Raise CorruptError when it is another range."""
+        """Read the end and the address from the answer's headers. Raises CorruptError if it is another range."""
         tag = response.headers.get("ETag", "").removeprefix("W/").strip('"')
         self.address = tag if tag.startswith("blake3:") else self.address
         if not ranged:
@@ -110,7 +110,7 @@ class ContentStream(AsyncIterator[bytes]):
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if response.status != 206 or found is None or int(found[1]) != self._position:
             raise CorruptError("the gateway did not answer with the requested range")
-        # A range that reaches beyond the end is cut there (RFC 9110 §14.1.2).
+        # A range that extends beyond the end is truncated (RFC 9110 §14.1.2).
         self._end = int(found[2]) + 1
 
 
@@ -119,7 +119,7 @@ async def receive_manifest(
 ) -> bytes:
     """Fetch a manifest, for as long as its bytes keep coming. After a lost connection it starts over.
 
-    Raises what the answer stands for, and CorruptError when it is longer than MAX_MANIFEST_BYTES.
+    Raises the error in the answer, and CorruptError if the manifest is longer than MAX_MANIFEST_BYTES.
     """
     for left in reversed(range(_BARREN_CONNECTIONS)):
         response = await transport.open(path, query=query, headers=headers)

@@ -19,7 +19,7 @@ from artifact_store.registry import NOW, Order, Start, start_text
 
 _LONGEST_LINE_BYTES = 16 << 20
 _BARREN_CONNECTIONS = 5
-"""Give up after this many connections in a row that were lost soon and brought nothing."""
+"""Give up after this many connections in a row that were lost soon without any event."""
 
 _PAUSE_SECONDS = 0.5
 
@@ -29,7 +29,7 @@ async def follow_events(
 ) -> AsyncIterator[RecordedEvent]:
     """Events from `start` on, as `Registry.read_events` promises: each once, over any number of connections.
 
-    Raises what the answer stands for, UnavailableError when the gateway stays away, CorruptError for a line that is no
+    Raises the error in the answer, UnavailableError if the gateway stays down, CorruptError for a line that is not an
     event.
     """
     named = {
@@ -61,7 +61,7 @@ async def follow_events(
             async for line in _lines(transport, response):
                 barren = 0
                 if (passed := position_in(line)) is not None:
-                    start = passed  # events were passed over, and need not be looked through again
+                    start = passed  # events were filtered out, and need not be read again
                     continue
                 event = parse_event(line)
                 start = event.position
@@ -79,7 +79,7 @@ async def follow_events(
 
 
 async def _lines(transport: Transport, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The answer's lines without the blank ones, which only keep the connection alive."""
+    """The answer's lines, without the blank ones that only keep the connection alive."""
     kept = bytearray()
     while chunk := await transport.read_chunk(response):
         kept += chunk

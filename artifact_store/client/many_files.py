@@ -1,4 +1,4 @@
-"""Many files in one request, in both directions: as archives, or by name where the store has their bytes already."""
+"""Many files in one request, in both directions: as archives, or by name if the store has their bytes already."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ANY = 1 << 62
 async def send_files(
     transport: Transport, package_id: UUID, files: Bundle, headers: Mapping[str, str], command_id: UUID
 ) -> Acknowledgement:
-    """Send a bundle as one archive. Raises what `Registry.ingest_files` raises."""
+    """Send a bundle as one archive. Raises as `Registry.ingest_files`."""
     fields = {**headers, "Content-Type": TAR}
     body: AsyncIterable[bytes]
     size: int | None = None
@@ -53,7 +53,7 @@ async def send_files(
 async def name_files(
     transport: Transport, package_id: UUID, files: Sequence[NamedFile], headers: Mapping[str, str]
 ) -> Acknowledgement:
-    """Record files whose bytes are stored already. Raises what `Registry.ingest_named` raises."""
+    """Record files whose bytes are stored already. Raises as `Registry.ingest_named`."""
     from artifact_store.documents.shapes import IngestNamedRequest, NamedFileRequest  # these load pydantic
 
     request = IngestNamedRequest(files=[NamedFileRequest.of(file) for file in files])
@@ -64,7 +64,7 @@ async def name_files(
 
 
 async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset[bytes]:
-    """Ask which blobs are stored, in as many requests as it takes."""
+    """Ask which blobs are stored, in as many requests as needed."""
     found: set[bytes] = set()
     for start in range(0, len(digests), MAX_KNOWN):
         addresses = [ContentAddress.of_digest(digest) for digest in digests[start : start + MAX_KNOWN]]
@@ -78,8 +78,8 @@ async def receive_files(
 ) -> AsyncGenerator[Group, None]:
     """The files of a package, from its archive. After a lost connection it continues after the last complete file.
 
-    Iterating raises what `Registry.read_files` raises. UnavailableError when the gateway stays away, or when a larger
-    file broke off: an archive cannot be continued within a file.
+    Iterating raises as `Registry.read_files`. It also raises UnavailableError if the gateway stays down, or if a larger
+    file broke off, because an archive cannot be continued within a file.
     """
     last, barren = after, 0
     while True:

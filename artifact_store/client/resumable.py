@@ -1,11 +1,11 @@
-"""A large file sent in as many requests as it takes, by tus 1.0: bytes that have arrived are never sent again.
+"""Sending a large file in as many requests as needed, by tus 1.0: bytes that have arrived are never sent again.
 
-The upload has the command id of its file. Whoever knows that id finds the upload where it stands, at any gateway: so
-does a later run of an interrupted push, which needs to remember nothing else.
+The upload has the command id of its file. With that id, a client can continue the upload at any gateway. A later run of
+an interrupted push does so, and needs to remember nothing else.
 
-Parts may go straight to the blob store, to addresses that the gateway has signed, and the gateway hears only which
-parts there are: so the bytes cross the client's line once, and no line of the gateway's. A store that cannot be reached
-from here, or refuses, is no error: what it did not take goes through the gateway.
+Parts may be sent straight to the blob store, to addresses that the gateway has signed. The gateway is only told which
+parts were sent, so the bytes never pass through it. If the store cannot be reached from here, or refuses a part, that
+is not an error: the remaining bytes are sent through the gateway.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Where:
     path: str
     offset: int
     direct_part_bytes: int | None
-    """How large parts are that may go straight to the blob store; None if they may not."""
+    """The size of parts that may be sent straight to the blob store; None if they may not."""
 
 
 async def send_resumably(
@@ -65,9 +65,9 @@ async def send_resumably(
 ) -> Acknowledgement:
     """Send the missing bytes until the file is in its package. `fields` are the headers of a single request.
 
-    It continues while bytes arrive. Raises UnavailableError or PushBackError once none did for the policy's
-    `total_seconds`; what reading the source raises; what the gateway refuses the file for. TooLargeError: the gateway
-    takes no upload of this length in several requests.
+    It continues while bytes arrive. Raises UnavailableError or PushBackError if none arrived for the policy's
+    `total_seconds`; whatever reading the source raises; the error with which the gateway refuses the file.
+    TooLargeError: the gateway does not accept uploads of this length in several requests.
     """
     said = encode_metadata({names.RELATIVE_PATH[0]: relative_path, names.MEDIA_TYPE[0]: media_type})
     headers = {**fields, **_TUS, names.UPLOAD_LENGTH: str(length), names.UPLOAD_METADATA: said}
@@ -78,7 +78,7 @@ async def send_resumably(
         try:
             where = await _begin(transport, package_id, headers, patience)
             return await _Upload(transport, where, source, length, patience).send()
-        except UploadNotFoundError:  # it expired or its bytes were refused; beginning again shows which
+        except UploadNotFoundError:  # it expired, or its bytes were refused: beginning again shows which
             if not left:
                 raise
     raise AssertionError("the last beginning returns or raises")
@@ -110,7 +110,7 @@ class _Upload:
         self._expect = True
 
     async def send(self) -> Acknowledgement:
-        """Add what is missing until the file is there."""
+        """Send the missing bytes until the file is in its package."""
         stalled_since: float | None = None
         pause = self._transport.policy.first_pause_seconds
         while True:
@@ -139,7 +139,7 @@ class _Upload:
                 )
 
     async def _add_directly(self, part_bytes: int) -> None:
-        """Send parts straight to the blob store as long as that moves the upload on."""
+        """Send parts straight to the blob store for as long as the upload makes progress."""
         while self._offset < self._length and self._transport.may_use_store:
             stood = self._offset
             parts = DirectParts(self._transport, self._path, self._source, stood, part_bytes, self._patience)
@@ -180,7 +180,7 @@ class _Upload:
         self._offset = self._length
 
     async def _ask(self) -> None:
-        """Ask how far the upload is. If that fails now, the next round asks again."""
+        """Ask for the upload's offset. If that fails now, the next round asks again."""
         try:
             self._offset = (await self._show()).offset
         except (UnavailableError, PushBackError) as error:
@@ -203,7 +203,7 @@ class _Upload:
 
 
 _BATCH_BYTES = 32 << 20
-"""What is sent at a time, in parts that go side by side. As much again is read meanwhile."""
+"""How many bytes are sent at a time, in concurrent parts. The same amount is read meanwhile."""
 
 
 class HeldPart(BodySource):
@@ -215,7 +215,7 @@ class HeldPart(BodySource):
         self.crc32 = 0
 
     def append(self, chunk: bytes) -> None:
-        """Add bytes at its end."""
+        """Append bytes."""
         self._chunks.append(chunk)
         self.size_bytes += len(chunk)
         self.crc32 = zlib.crc32(chunk, self.crc32)
@@ -231,19 +231,19 @@ class DirectParts:
     def __init__(
         self, transport: Transport, path: str, source: BodySource, offset: int, part_bytes: int, patience: float
     ) -> None:
-        """`path` is the upload's at the gateway, which may take `patience` seconds to read back all of `source`."""
+        """`path` is the upload's path at the gateway, which may take `patience` seconds to read back all bytes."""
         self._transport = transport
         self._path = f"{path}/parts"
         self._source = source
         self._part_bytes = part_bytes
         self._patience = patience
         self.offset = offset
-        """How many bytes the gateway knows to be in the store."""
+        """How many bytes in the store the gateway knows of."""
 
     async def send(self) -> None:
-        """Send parts until the source ends or the store does not take one, and name those that it took.
+        """Send parts until the source ends or the store refuses one, and report the accepted ones to the gateway.
 
-        Raises what reading the source raises, and what the gateway answers: UploadOffsetError, UnavailableError, ….
+        Raises whatever reading the source raises, and the gateway's errors: UploadOffsetError, UnavailableError, ….
         """
         last: list[SentPart] = []
         async with (
@@ -256,7 +256,7 @@ class DirectParts:
                 given = await self._name(last, batch)
                 sending = [
                     asyncio.create_task(self._put(part, address))
-                    for part, address in zip(batch, given, strict=False)  # there may be no addresses any more
+                    for part, address in zip(batch, given, strict=False)  # there may be fewer addresses
                 ]
                 try:
                     following = await self._read(parts)
@@ -267,18 +267,18 @@ class DirectParts:
                     await asyncio.gather(*sending, return_exceptions=True)
                 last = [found for found in takewhile(bool, taken) if found is not None]  # the next would leave a gap
                 batch = following if len(last) == len(batch) else []
-        if last:  # outside of the turn: when these are the last ones, the gateway reads all of them
+        if last:  # outside of the turn, because after the last parts the gateway reads everything back
             await self._name(last, [])
 
     async def _read(self, parts: AsyncIterator[HeldPart]) -> list[HeldPart]:
-        """The next parts, none at the end."""
+        """The next parts; empty at the end."""
         found: list[HeldPart] = []
         while len(found) < max(1, _BATCH_BYTES // self._part_bytes) and (part := await anext(parts, None)) is not None:
             found.append(part)
         return found
 
     async def _name(self, sent: list[SentPart], wanted: Sequence[HeldPart]) -> list[DirectPartAnswer]:
-        """Tell the gateway which parts were sent, and get addresses for others."""
+        """Report the sent parts to the gateway, and get addresses for others."""
         asked = DirectPartsRequest(
             offset=self.offset,
             sent=sent,
@@ -291,7 +291,7 @@ class DirectParts:
         return found.parts
 
     async def _put(self, part: HeldPart, address: DirectPartAnswer) -> SentPart | None:
-        """Send one part; None if the store did not take it."""
+        """Send one part. Returns None if the store did not accept it."""
         sending = Sending(part, part.size_bytes, hashed=False)
         try:
             async with sending.attempt(self._transport.policy.idle_seconds):

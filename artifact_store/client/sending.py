@@ -1,4 +1,4 @@
-"""How the body of a request is sent, again after a lost connection if it can be read again."""
+"""Sending the body of a request. It is sent again after a lost connection if it can be read again."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Sending(AsyncIterable[bytes]):
         *,
         hashed: bool = True,
     ) -> None:
-        """`answer_seconds` is how long the answer may take once everything is sent, if longer than usual.
+        """`answer_seconds` is how long the answer may take after everything is sent, if longer than usual.
 
-        A body with a declared digest need not be `hashed` here: the gateway refuses other bytes.
+        A body with a declared digest need not be `hashed` here, because the gateway refuses other bytes.
         """
         self._body = body
         self._hashed = hashed
         self.size_bytes = size_bytes
         self.expect = size_bytes is None or size_bytes > EXPECT_CONTINUE_BYTES
-        """Whether to wait for `100 Continue`; false once it did not come in time."""
+        """Whether to wait for `100 Continue`; false after it did not come in time."""
         self._answer_seconds = answer_seconds
         self._limit: asyncio.Timeout | None = None
         self._idle_seconds = 0.0
@@ -47,15 +47,15 @@ class Sending(AsyncIterable[bytes]):
         self.began = False
         """Whether reading has begun. A stream that was abandoned while it waited for bytes may be at its end."""
         self.failure: Exception | None = None
-        """What reading the body raised."""
+        """The exception that reading the body raised."""
         self.digest: bytes | None = None
-        """BLAKE3 of the whole once an attempt has sent everything; None when it is not hashed."""
+        """BLAKE3 of the whole body after an attempt has sent everything; None if it is not hashed."""
 
     @asynccontextmanager
     async def attempt(self, idle_seconds: float) -> AsyncIterator[None]:
-        """One attempt. Raises UnavailableError when for `idle_seconds` the gateway takes no byte and gives no answer.
+        """One attempt. Raises UnavailableError if the gateway accepts no byte and does not answer for `idle_seconds`.
 
-        The HTTP library limits only answers. Time spent reading the body's source does not count.
+        The HTTP library only limits the time for answers. Time spent on reading the body's source does not count.
         """
         self._idle_seconds = idle_seconds
         self._reading = False
@@ -67,7 +67,7 @@ class Sending(AsyncIterable[bytes]):
             raise no_answer(idle_seconds) from None
         finally:
             self._limit = None
-            # If a task waits for a piece now, its cancellation ends the generator.
+            # If a task is waiting for a piece, its cancellation ends the generator.
             if isinstance(self._pieces, AsyncGeneratorType) and not self._pieces.ag_running:
                 await self._pieces.aclose()
 
@@ -77,7 +77,7 @@ class Sending(AsyncIterable[bytes]):
         return isinstance(self._body, BodySource) or not self.began or self._empty
 
     async def data(self) -> AsyncIterable[bytes] | bytes:
-        """What the HTTP library sends: this object, or nothing once the body has proved to be empty."""
+        """The data for the HTTP library: this object, or no bytes if the body has proved to be empty."""
         if self.size_bytes != 0:
             return self
         if not self._empty:
@@ -92,7 +92,7 @@ class Sending(AsyncIterable[bytes]):
         return self._pieces
 
     async def _read(self) -> AsyncGenerator[bytes, None]:
-        """The body. Its last piece waits until the body has ended well: the gateway may answer as soon as it comes."""
+        """The body. Its last piece is held back until the body has ended without error, as the gateway then answers."""
         self.began = self._reading = True
         self.digest = None
         hashed = blake3()
@@ -114,14 +114,14 @@ class Sending(AsyncIterable[bytes]):
                     held = chunk
             self._check(sent, done=True)
         except Exception as error:
-            # The HTTP library would report a lost connection, which would be retried for nothing.
+            # The HTTP library would report a lost connection, which would be retried in vain.
             self.failure = error
             raise
         self.digest = hashed.digest() if self._hashed else None
         if held:
             self._allow(self._idle_seconds)
             yield held
-        # Time for what is still in buffers, and for the answer.
+        # Allow time for the bytes that are still in buffers, and for the answer.
         self._allow(self._idle_seconds + max(self._idle_seconds, self._answer_seconds or 0.0))
 
     def _allow(self, seconds: float | None) -> None:
@@ -155,10 +155,10 @@ async def send_body(
     what: str,
     command_id: UUID,
 ) -> Answer:
-    """Send a body until there is an answer, again while it is repeatable. `what` names what was lost if it is not.
+    """Send a body until there is an answer; send it again while it is repeatable. If not, `what` names what was lost.
 
-    Raises what reading the body raises and what the answer stands for. UnavailableError when a body that cannot be
-    read again was lost: the outcome is unknown.
+    Raises whatever reading the body raises, and the error in the answer. UnavailableError: a body that cannot be read
+    again was lost, and the outcome is unknown.
     """
 
     async def attempt() -> Answer:

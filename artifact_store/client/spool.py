@@ -1,14 +1,14 @@
 """A spool: files that were added to a stream, on disk until a gateway has acknowledged them.
 
-A folder of segments, each a run of records that is only ever appended to. A record is a file, a batch (which files
-travel together, under which command id), a mark (all files before this number are settled), or the segment's end. A
-file's record is on disk when `put` returns, a batch's before it is sent for the first time. So whoever opens the
-folder after a crash sends the same batches under the same ids, and the gateway answers a repeat as it did the first
-time. A segment goes when all of its files are settled.
+A spool is a folder of segments, each an append-only series of records. A record is a file, a batch (which files are
+sent together, under which command id), a mark (all files before this number are settled), or the segment's end. A
+file's record is on disk when `put` returns, a batch's before the batch is sent for the first time. So a process that
+opens the folder after a crash sends the same batches under the same ids, and the gateway answers a repeat as it did the
+first time. A segment is removed when all of its files are settled.
 
-A segment that was not ended belongs to a process that died; what follows its last whole record was never confirmed.
-Disk space is allocated with each segment, and some of it kept for batches and marks, so that a full disk stops `put`
-and not sending. One process at a time has the folder.
+A segment without an end belongs to a process that died; bytes after its last whole record were never confirmed. Disk
+space is allocated with each segment, and some of it is reserved for batches and marks, so that a full disk stops `put`
+but not sending. Only one process at a time can use the folder.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from artifact_store.errors import ConfigurationError, CorruptError, PushBackErro
 from artifact_store.user_files import sync_folder
 
 SPOOL_BYTES = 1 << 30
-"""Most bytes that a spool holds, unless its stream says otherwise. On disk it may be two segments more."""
+"""The most bytes in a spool, unless its stream says otherwise. On disk it may take two segments more."""
 
 SEGMENT_BYTES = 8 << 20
-"""How long a segment is. One whose first record is longer is as long as that takes."""
+"""The length of a segment. A segment with a longer first record is as long as needed."""
 
 _RESERVE_BYTES = 64 << 10
-"""The end of a segment that is kept for batches and marks."""
+"""How many bytes at the end of a segment are reserved for batches and marks."""
 
 _MAGIC = b"ASSPOOL1"
 _HEADER = struct.Struct(">8s16sQI")
-"""Magic, package id, number of the first file, CRC-32 of these."""
+"""Magic, package id, number of the first file, and the CRC-32 of these."""
 
 _RECORD = struct.Struct(">BII")
-"""Kind, length of the body in bytes, CRC-32 of both and of the body."""
+"""Kind, length of the body in bytes, and the CRC-32 over both and the body."""
 
 _NAMES = struct.Struct(">HH")
-"""How many bytes of a file's record are its path and its media type; the data follows."""
+"""The lengths of the path and the media type in a file's record (bytes); the data follows them."""
 
 _BATCH = struct.Struct(">QI16s")
 _MARK = struct.Struct(">Q")
@@ -85,11 +85,11 @@ class _Record(NamedTuple):
 
 @dataclass(slots=True)
 class _Segment:
-    """One file of records. `end` is where the next record goes; everything before it is on disk."""
+    """One file of records. The next record goes to offset `end`; everything before it is on disk."""
 
     path: Path
     first: int
-    """The number of its first file, or of the first after it when it holds none."""
+    """The number of its first file or, if it has none, of the first file after it."""
     next: int
     """The number after its last file."""
     end: int
@@ -99,14 +99,14 @@ class _Segment:
 
 
 class _Planned(NamedTuple):
-    """A batch that an earlier process had made."""
+    """A batch that an earlier process has planned."""
 
     files: int
     command_id: UUID
 
 
 class Spool(Backlog):
-    """Files that wait on disk. All of its reading and writing is done in threads."""
+    """Files that wait on disk. All reading and writing is done in threads."""
 
     keeps = True
 
@@ -128,10 +128,10 @@ class Spool(Backlog):
         self._rotating = Lock()
 
     async def open(self) -> int:
-        """Begin, with what an earlier process left. Returns how many files were ever added.
+        """Begin with the files that an earlier process left. Returns how many files were ever added.
 
         Raises:
-            ConfigurationError: another process has the folder, it holds files of another package, or it cannot be used.
+            ConfigurationError: another process uses the folder, it has files of another package, or it cannot be used.
             CorruptError: a segment is damaged.
         """
         files, size = await to_its_end(self._open)
@@ -166,7 +166,7 @@ class Spool(Backlog):
         settled = batch.number + len(batch.files)
         mark = _Record(_Kind.MARK, _MARK.pack(settled))
         if len(self._segments) > 1 and self._segments[0].next <= settled:
-            await self._write(mark)  # before a batch loses a part of its files
+            await self._write(mark)  # before the segments with the batch's files may be removed
             self.settled = settled
             await to_its_end(self._remove_settled)
         else:
@@ -174,7 +174,7 @@ class Spool(Backlog):
             self.settled = settled
 
     async def close(self) -> None:
-        """End the last segment, remove what is settled, and give the folder free."""
+        """End the last segment, remove settled segments, and release the folder."""
         if self._writing is not None:
             await self._writing
         await to_its_end(self._close)
@@ -193,7 +193,7 @@ class Spool(Backlog):
             self._writing = asyncio.create_task(self._write_all())
 
     async def _write_all(self) -> None:
-        """Write what waits, group after group. What comes during one group shares the next."""
+        """Write the waiting records, group after group. Records that arrive during one group join the next."""
         while self._queue:
             group = self._next_group()
             records = [record for record, _ in group]
@@ -215,7 +215,7 @@ class Spool(Backlog):
         self._writing = None
 
     def _next_group(self) -> list[tuple[_Record, asyncio.Future[int] | None]]:
-        """The records that are written together. Batches and marks go without files: there is always room for them."""
+        """The records to write together. Batches and marks go without files, because there is always room for them."""
         small = [each for each in self._queue if each[0].kind is not _FILE]
         if small:
             self._queue = [each for each in self._queue if each[0].kind is _FILE]
@@ -242,7 +242,7 @@ class Spool(Backlog):
             segment = self._segments[-1] if self._segments else None
             if segment is None or segment.end + len(data) + reserve + _RECORD.size > segment.size:
                 full, segment = segment, self._begin_segment(len(data))
-                if full is not None:  # only now: a full disk must leave it its reserve
+                if full is not None:  # only now, because on a full disk the old segment must keep its reserve
                     self._end(full)
         except OSError as error:
             if error.errno in _DISK_FULL:
@@ -251,7 +251,7 @@ class Spool(Backlog):
         try:
             _write_at(segment.descriptor, data, segment.end)
             _sync(segment.descriptor)
-        except OSError as error:  # after a failed sync nobody knows what is on disk
+        except OSError as error:  # after a failed sync it is unknown what is on disk
             raise self._broken(error) from error
         segment.next += files
         segment.end += len(data)
@@ -263,7 +263,7 @@ class Spool(Backlog):
         return self._failure
 
     def _begin_segment(self, length: int) -> _Segment:
-        """Make an empty segment with room for so many bytes. Blocks."""
+        """Create an empty segment with room for this many bytes. Blocks."""
         first = self._segments[-1].next if self._segments else self._next
         size = max(self._segment_bytes, _HEADER.size + length + _RECORD.size + _RESERVE_BYTES)
         path = self._folder / f"{self._serial:012}.segment"
@@ -286,7 +286,7 @@ class Spool(Backlog):
         return segment
 
     def _end(self, segment: _Segment) -> None:
-        """Write the end of a segment, and cut off the room that it does not need. Blocks."""
+        """Write the end of a segment, and truncate its unused space. Blocks."""
         ended = _Record(_Kind.END, b"").encoded()
         _write_at(segment.descriptor, ended, segment.end)
         os.ftruncate(segment.descriptor, segment.end + len(ended))
@@ -294,12 +294,12 @@ class Spool(Backlog):
         segment.size = segment.end + len(ended)
 
     def _remove_settled(self) -> None:
-        """As `_remove`, while records are written: the last segment stays. Blocks."""
-        with self._rotating:  # the last segment may be about to be ended, and not be the last any more
+        """As `_remove`, but keeps the last segment, so that it may run while records are written. Blocks."""
+        with self._rotating:  # a new last segment may be about to begin
             self._remove(1)
 
     def _remove(self, kept: int = 0) -> None:
-        """Remove the segments whose files are all settled, the oldest first, but for the last `kept` ones."""
+        """Remove the segments whose files are all settled, oldest first, except the last `kept` ones."""
         while len(self._segments) > kept and self._segments[0].next <= self.settled:
             segment = self._segments.popleft()
             os.close(segment.descriptor)
@@ -353,7 +353,7 @@ class Spool(Backlog):
     # --- opening and closing ---
 
     def _open(self) -> tuple[int, int]:
-        """Take the folder, and read what is in it. Returns what `_left` does. Blocks."""
+        """Lock the folder, and read its contents. Returns what `_left` returns. Blocks."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -373,7 +373,7 @@ class Spool(Backlog):
             raise
 
     def _recover(self) -> None:
-        """Read all segments, and end the one that a process left when it died."""
+        """Read all segments, and end the one that a dead process left open."""
         foreign: UUID | None = None
         paths = sorted(self._folder.glob("*.segment"))
         for path in paths:
@@ -382,7 +382,7 @@ class Spool(Backlog):
             if opened is None:
                 if path != paths[-1]:
                     raise CorruptError(f"{path} has no header of a segment")
-                path.unlink()  # its process died while it made it
+                path.unlink()  # its process died while creating it
                 continue
             segment, package_id = opened
             foreign = package_id if package_id != self._package_id else foreign
@@ -404,7 +404,7 @@ class Spool(Backlog):
         self._remove()
 
     def _scan(self, segment: _Segment) -> None:
-        """Find the end of a segment, and what its batches and marks say. Raises CorruptError."""
+        """Find the end of a segment, and read its batches and marks. Raises CorruptError."""
         ended = _Record(_Kind.END, b"").encoded()
         sealed = os.pread(segment.descriptor, len(ended), segment.size - len(ended)) == ended
         whole = segment.size - len(ended) if sealed else segment.size
@@ -426,7 +426,7 @@ class Spool(Backlog):
             self._end(segment)
 
     def _left(self) -> tuple[int, int]:
-        """How many files are not settled, and the bytes of their data."""
+        """The number of files that are not settled, and the bytes of their data."""
         if not self._segments:
             return 0, 0
         sizes = (_data_bytes(each.body) for each, *_ in _records(self._segments[0], _HEADER.size) if each.kind is _FILE)
@@ -452,7 +452,7 @@ class Spool(Backlog):
 
 
 def _open_segment(path: Path) -> tuple[_Segment, UUID] | None:
-    """A segment whose records are not read yet, and its package; None without a whole header."""
+    """A segment whose records are not read yet, and its package; None if its header is incomplete."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     head = os.pread(descriptor, _HEADER.size, 0)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC) or crc32(head[:-4]) != int.from_bytes(head[-4:]):
@@ -464,7 +464,7 @@ def _open_segment(path: Path) -> tuple[_Segment, UUID] | None:
 
 
 def _records(segment: _Segment, offset: int) -> Iterator[tuple[_Record, _Segment, int]]:
-    """The records from here to the end of the spool, each with where it ends. Raises CorruptError."""
+    """The records from here to the end of the spool, each with the place of its end. Raises CorruptError."""
     current: _Segment | None = segment
     while current is not None:
         end = current.end
@@ -478,7 +478,7 @@ def _records(segment: _Segment, offset: int) -> Iterator[tuple[_Record, _Segment
 
 
 def _record_at(descriptor: int, offset: int, end: int) -> _Record | None:
-    """The record at this offset; None when there is no whole one before `end`."""
+    """The record at this offset; None if there is no complete one before `end`."""
     head = os.pread(descriptor, _RECORD.size, offset)
     if len(head) < _RECORD.size:
         return None
@@ -506,7 +506,7 @@ def _file(body: bytes) -> AddedFile:
 
 
 def _data_bytes(body: bytes) -> int:
-    """How many bytes of a file's record are its data."""
+    """The length of the data in a file's record, in bytes."""
     path, media_type = _NAMES.unpack_from(body)
     return len(body) - _NAMES.size - int(path) - int(media_type)
 
@@ -519,7 +519,7 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Reserve disk space where the system can; elsewhere a full disk may stop sending as well."""
+    """Reserve disk space if the system can; otherwise a full disk may stop sending as well."""
     allocate: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
     if allocate is None:
         os.ftruncate(descriptor, size)

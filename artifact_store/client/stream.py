@@ -1,9 +1,9 @@
-"""A stream of files into one package. Files that are added within a few milliseconds travel in one request.
+"""A stream of files into one package. Files that are added within a few milliseconds are sent in one request.
 
-`add` puts a file into a backlog, in memory or in a spool on disk, and returns. Whenever a request may begin, the files
-that wait there become a batch: one archive, sent under one command id until it is answered. Requests overlap; their
-acknowledgements are given in the order in which the files were added. A batch is recorded whole or not at all. When one
-of its files is refused, the batch is halved until the refused file is alone, and the others are recorded.
+`add` puts a file into a backlog, in memory or in a spool on disk, and returns. Whenever a request may begin, the
+waiting files become a batch: one archive, which is sent under one command id until it is answered. Requests overlap;
+their acknowledgements are given in the order in which the files were added. A batch is recorded whole or not at all. If
+one of its files is refused, the batch is halved until the refused file is alone, and the others are recorded.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ from artifact_store.registry import Registry
 from artifact_store.rules import check_header_text, check_path
 
 BATCH_FILES = 500
-"""Most files of a request."""
+"""The most files in one request."""
 
 REQUESTS_AT_ONCE = 3
-"""How many requests of a stream are under way at a time."""
+"""How many requests of a stream may be in flight."""
 
 LINGER_SECONDS = 0.003
 """How long a request waits for more files after the first."""
 
 MEMORY_BYTES = 64 << 20
-"""Most bytes that a stream without a spool holds."""
+"""The most bytes that a stream without a spool holds."""
 
 FILE_BYTES = 1024
-"""What each file counts beside its data, in bytes."""
+"""How much each file counts in addition to its data, in bytes."""
 
 _OF_ONE_FILE = (InvalidPathError, DuplicateRelativePathError, PathConflictError, TooLargeError)
-"""Refusals that concern a file and not the package. They are for good: the same file is refused again."""
+"""Refusals that concern a file and not the package. They are permanent: the same file would be refused again."""
 
 
 class AddedFile(NamedTuple):
-    """A file that waits to be sent. `media_type` is None when it is the one that its name suggests."""
+    """A file that waits to be sent. `media_type` is None if it is the one that the name suggests."""
 
     relative_path: str
     media_type: str | None
@@ -66,17 +66,17 @@ class AddedFile(NamedTuple):
 
     @property
     def travels_alone(self) -> bool:
-        """Whether it takes a request of its own: an archive says no media types, and large files are not bundled."""
+        """Whether it needs a separate request: archives have no media types, and large files are not bundled."""
         return self.media_type is not None or len(self.data) > SMALL_FILE_BYTES
 
     @property
     def cost(self) -> int:
-        """What the file counts towards the limit of its backlog, in bytes."""
+        """How much the file counts towards the limit of its backlog, in bytes."""
         return len(self.data) + FILE_BYTES
 
 
 class Batch(NamedTuple):
-    """Files that travel in one request. `number` counts the files that were added before them."""
+    """Files that are sent in one request. `number` is how many files were added before them."""
 
     number: int
     files: Sequence[AddedFile]
@@ -84,14 +84,14 @@ class Batch(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A file that was refused for good."""
+    """A file that was permanently refused."""
 
     file: AddedFile
     error: RejectedError
 
 
 def first_batch(files: Iterable[AddedFile]) -> list[AddedFile]:
-    """The first of these files, as many as travel in one request."""
+    """The first of these files, as many as can be sent in one request."""
     taken: list[AddedFile] = []
     size = 0
     for file in files:
@@ -115,19 +115,19 @@ class Backlog(ABC):
     """How many files, counted from the first, are acknowledged or refused."""
 
     held_bytes = 0
-    """What the files take that it held when it was opened."""
+    """The bytes of the files that it held when it was opened."""
 
     def __init__(self) -> None:
         self.files = 0
-        """How many files are in no batch yet."""
+        """How many files are not in a batch yet."""
         self.arrived = asyncio.Event()
         """Set while there is such a file."""
         self.filled = asyncio.Event()
-        """Set while they fill a request."""
+        """Set while these files fill a request."""
         self._bytes = 0
 
     def count(self, files: int, size: int) -> None:
-        """Count files that came, or those that went into a batch (negative), and the bytes of their data."""
+        """Count added files, or (negative) files that went into a batch, with the bytes of their data."""
         self.files += files
         self._bytes += size
         for event, there in (
@@ -141,23 +141,23 @@ class Backlog(ABC):
 
     @abstractmethod
     async def open(self) -> int:
-        """Begin. Returns how many files were ever added. Raises what a spool says about its folder."""
+        """Begin. Returns how many files were ever added. A spool raises as `Spool.open`."""
 
     @abstractmethod
     async def put(self, file: AddedFile) -> int:
-        """Add a file behind all others and return its number. A spool returns once the file is on disk."""
+        """Add a file after all others and return its number. A spool returns when the file is on disk."""
 
     @abstractmethod
     async def take(self) -> Batch:
-        """The next batch. Call it when there is a file in no batch; one call at a time."""
+        """The next batch. Call it only if there is a file that is not in a batch; one call at a time."""
 
     @abstractmethod
     async def settle(self, batch: Batch, refused: Sequence[Refusal]) -> None:
-        """Forget the oldest batch: it is recorded, but for the refused files."""
+        """Forget the oldest batch: it is recorded, except for the refused files."""
 
     @abstractmethod
     async def close(self) -> None:
-        """End. A spool keeps what is not settled."""
+        """End. A spool keeps the files that are not settled."""
 
 
 class MemoryBacklog(Backlog):
@@ -193,9 +193,9 @@ class MemoryBacklog(Backlog):
 
 
 class Added(Awaitable[IngestedFile]):
-    """A file that a stream took. Await it for the acknowledgement, as often as you like.
+    """A file that a stream has accepted. Await it for the acknowledgement, as often as you like.
 
-    Awaiting raises the refusal of this file, or what ended the stream.
+    Awaiting raises the refusal of this file, or the error that ended the stream.
     """
 
     __slots__ = ("__weakref__", "_done", "awaited")
@@ -206,7 +206,7 @@ class Added(Awaitable[IngestedFile]):
 
     def __await__(self) -> Generator[object, None, IngestedFile]:
         self.awaited = True
-        # A generator, which keeps this object: the stream does not, and would not settle one that is gone.
+        # A generator, which keeps this object alive: the stream does not, and does not settle collected objects.
         return (yield from asyncio.shield(self._done).__await__())
 
     def settle(self, found: IngestedFile | Exception) -> None:
@@ -217,7 +217,7 @@ class Added(Awaitable[IngestedFile]):
             self._done.set_result(found)
         else:
             self._done.set_exception(found)
-            self._done.exception()  # the stream itself raises what nobody awaits
+            self._done.exception()  # retrieve it: the stream itself raises errors that nobody awaits
 
 
 class FileStream:
@@ -226,9 +226,9 @@ class FileStream:
     Without a spool, files that were added are lost with the process until they are acknowledged. With one they are on
     disk when `add` returns: the next stream on the same folder sends what an earlier process or a lost network left.
 
-    Leaving the block waits until everything is acknowledged. It raises the error that ended the stream, and the first
-    refusal that nobody awaited; all other files are recorded. When the block raises, what is not acknowledged is
-    dropped, or stays in the spool.
+    Leaving the block waits until everything is acknowledged. It raises the error that ended the stream, or the first
+    refusal that nobody awaited; all other files are recorded. If the block raises, files that are not acknowledged are
+    dropped, or stay in the spool.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class FileStream:
         linger_seconds: float = LINGER_SECONDS,
         pause_seconds: float = 5.0,
     ) -> None:
-        """`pause_seconds` lie between two attempts to send what is in a spool, once the client has given one up."""
+        """`pause_seconds` is the pause after the client has given up an attempt to send a spool's files."""
         self.package_id = package_id
         self._registry = registry
         self._actor = actor
@@ -287,19 +287,19 @@ class FileStream:
     async def add(
         self, relative_path: str, data: bytes | bytearray | memoryview, media_type: str | None = None
     ) -> Added:
-        """Take a file. Awaiting what this returns waits for its acknowledgement.
+        """Accept a file. Await the result to wait for its acknowledgement.
 
-        Waits while the stream holds `max_bytes`. With a spool, returns once the file is on disk; files that are added
-        at the same time share the writing. If this is cancelled meanwhile, the file may have been taken.
+        Waits while the stream holds `max_bytes`. With a spool, returns when the file is on disk; files that are added
+        at the same time are written together. If this is cancelled meanwhile, the file may have been accepted.
 
-        Without a `media_type` the file gets the one that its name suggests. Files of other types, and those of more
-        than 256 KiB, take a request each.
+        Without a `media_type`, the file gets the one that its name suggests. Files of other types, and those of more
+        than 256 KiB, need a request each.
 
         Raises:
             InvalidPathError, InvalidRequestError: the path or the media type breaks a rule.
             TooLargeError: the file has more than `max_bytes`.
             PushBackError: the spool's disk is full.
-            Anything else: what ended the stream. After the others it goes on, without this file.
+            Anything else: the error that ended the stream. After the errors above, it continues without this file.
         """
         check_path(relative_path)
         if media_type is not None:
@@ -322,14 +322,14 @@ class FileStream:
         if self._failure is not None:
             added.settle(self._failure)
         if self._backlog.filled.is_set():
-            await asyncio.sleep(0)  # a loop that only adds would not let a request begin
+            await asyncio.sleep(0)  # otherwise a loop that only adds files would never let a request begin
         return added
 
     async def flush(self) -> None:
         """Wait until everything that was added is acknowledged or refused.
 
-        Raises what ended the stream. With a spool, raises UnavailableError or PushBackError when an attempt is given
-        up meanwhile, after the `total_seconds` of the client's policy: the files stay in the spool.
+        Raises the error that ended the stream. With a spool, raises UnavailableError or PushBackError if an attempt is
+        given up meanwhile, after the `total_seconds` of the client's policy: the files stay in the spool.
         """
         target, given_up = self._added, self._given_up
         while self._settled < target:
@@ -345,7 +345,7 @@ class FileStream:
             raise ConfigurationError("the stream is closed; use it inside `async with`")
 
     async def _make_room(self, size: int) -> None:
-        """Wait, first come first served, until the stream may hold so many bytes more."""
+        """Wait, first come first served, until the stream may hold this many more bytes."""
         if size > self._max_bytes:
             raise TooLargeError(f"the stream holds at most {self._max_bytes:,} bytes; send larger files one by one")
         async with self._turn:
@@ -365,7 +365,7 @@ class FileStream:
         self._changed = asyncio.Event()
 
     async def _dispatch(self) -> None:
-        """Make batches, and begin a request for each."""
+        """Form batches, and begin a request for each."""
         previous: asyncio.Task[None] | None = None
         try:
             while True:
@@ -404,7 +404,7 @@ class FileStream:
             self._slots.release()
 
     async def _insist(self, batch: Batch) -> list[IngestedFile | RejectedError]:
-        """Send a batch until it is answered; one that is only in memory for as long as the client's policy says."""
+        """Send a batch until it is answered. Without a spool, only for as long as the client's policy allows."""
         while True:
             try:
                 found = await self._deliver(batch.files, batch.command_id)
@@ -418,13 +418,13 @@ class FileStream:
                 return found
 
     def _give_up(self, error: UnavailableError | PushBackError) -> None:
-        """Tell whoever flushes that an attempt failed. Others follow."""
+        """Tell callers of `flush` that an attempt failed. Further attempts follow."""
         self._away = error
         self._given_up += 1
         self._tell()
 
     async def _deliver(self, files: Sequence[AddedFile], command_id: UUID) -> list[IngestedFile | RejectedError]:
-        """Send these files. The halves of a refused batch get ids of their own, always the same ones."""
+        """Send these files. The halves of a refused batch get other ids, which are always the same."""
         try:
             return list(await self._request(files, command_id))
         except _OF_ONE_FILE as error:
@@ -435,7 +435,7 @@ class FileStream:
         return first + await self._deliver(files[middle:], uuid5(command_id, "second half"))
 
     async def _request(self, files: Sequence[AddedFile], command_id: UUID) -> Sequence[IngestedFile]:
-        """Send these files in one request. Raises CorruptError when other bytes arrived."""
+        """Send these files in one request. Raises CorruptError if other bytes arrived."""
         if len(files) == 1:
             (file,) = files
             done = await self._registry.ingest(
@@ -492,7 +492,7 @@ class FileStream:
             raise missed[0]
 
     async def _stop(self) -> None:
-        """End what is under way, and close the backlog."""
+        """Cancel the running requests, and close the backlog."""
         self._opened = False
         tasks = [*self._sends, *([self._dispatcher] if self._dispatcher is not None else [])]
         for task in tasks:
@@ -503,6 +503,6 @@ class FileStream:
 
 
 def _prepare(files: Sequence[AddedFile]) -> tuple[list[SmallFile], list[bytes]]:
-    """The files as a bundle has them, and their BLAKE3. Takes processor time."""
+    """The files in a bundle's form, and their BLAKE3. Takes processor time."""
     small = [SmallFile(path, guess_media_type(path), data) for path, _, data in files]
     return small, [blake3(file.data).digest() for file in files]

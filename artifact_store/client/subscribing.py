@@ -1,4 +1,4 @@
-"""Subscriptions over HTTP: have a gateway's events sent to a URL."""
+"""Subscriptions over HTTP, by which events are sent to a URL."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _PATH = "/v1/subscriptions"
 
 
 class SubscriptionsClient:
-    """The subscriptions of one gateway, reached as `Client.subscriptions`.
+    """The subscriptions of one gateway; see `Client.subscriptions`.
 
-    Calls raise InvalidRequestError, ForbiddenError, NotFoundError, and UnavailableError once the policy's time is over.
-    Calls that would do harm if they happened twice (`rotate`, `test`, `redeliver`) are not retried.
+    Calls raise InvalidRequestError, ForbiddenError, NotFoundError, and UnavailableError after the policy's time.
+    Calls that must not happen twice (`rotate`, `test`, `redeliver`) are not retried.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -41,7 +41,7 @@ class SubscriptionsClient:
     ) -> SubscribedAnswer:
         """Subscribe `url` to matching events after `since`: a position, an RFC 3339 time, or `now`.
 
-        Keep the answer's `secret`: it is shown only once, and proves to the receiver who sends.
+        Keep the answer's `secret`: it is shown only once, and proves the sender to the receiver.
         """
         filters = Filters.of(where or EventFilter())
         return read_answer(
@@ -72,7 +72,7 @@ class SubscriptionsClient:
         url: str | None = None,
         where: EventFilter | None = None,
     ) -> SubscriptionDetailAnswer:
-        """Change what is given. `paused=False` resumes, and retries at once what waits for its next attempt."""
+        """Change the given values. `paused=False` resumes, and retries at once what waits for its next attempt."""
         wanted = {"paused": paused, "url": url, "filters": None if where is None else Filters.of(where).model_dump()}
         changes = {name: value for name, value in wanted.items() if value is not None}
         return read_answer(

@@ -1,4 +1,4 @@
-"""HTTP requests to one gateway: connections, retries, and the errors that answers stand for.
+"""HTTP requests to one gateway: connections, retries, and the errors in answers.
 
 Retries pause exponentially with jitter, honour `Retry-After`, and are bounded in time by a `RetryPolicy`.
 """
@@ -35,7 +35,7 @@ _AT_STORE = 2
 _STORE_AWAY_SECONDS = 300.0
 
 QUIET_SECONDS = 120.0
-"""Request an endless answer again after this silence: a frozen gateway keeps its connections open."""
+"""Request an endless answer again after this much silence, because a frozen gateway keeps its connections open (s)."""
 
 Shape = TypeVar("Shape", bound="BaseModel")
 
@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer that is no error. Header names are found in any case."""
+    """A whole answer that is not an error. Header names are not case-sensitive."""
 
     status: int
     headers: Mapping[str, str]
@@ -57,7 +57,7 @@ class Answer:
 
 
 def read_answer(shape: type[Shape], answer: Answer) -> Shape:
-    """The answer's JSON body in this shape. Raises CorruptError: it is another one."""
+    """The answer's JSON body in this shape. Raises CorruptError if it has another shape."""
     from pydantic import ValidationError
 
     try:
@@ -80,14 +80,14 @@ class Transport:
         credentials: Credentials | None = None,
         ca: Path | None = None,
     ) -> None:
-        """`credentials` give the token of each request, `ca` names authorities to trust beside the system's.
+        """`credentials` give the token of each request; `ca` names authorities to trust in addition to the system's.
 
-        Raises ConfigurationError when `url` is no plain `http(s)://host[:port][/prefix]`, or no place to send a token.
+        Raises ConfigurationError if `url` is not a plain `http(s)://host[:port][/prefix]`, or not safe for a token.
         """
         form = ConfigurationError("the gateway's URL (ARTIFACT_STORE_URL) must have the form http(s)://host[:port]")
         try:
             parts = urlsplit(url)
-            _ = parts.port  # which is read only now
+            _ = parts.port  # parsed only now
             check_host(parts.hostname or "")
         except ValueError:
             raise form from None
@@ -113,7 +113,7 @@ class Transport:
     async def __aenter__(self) -> Transport:
         tls = await trust(self._ca) if self.url.startswith("https:") else True
         self._session = aiohttp.ClientSession(
-            # No limit here: a request would wait for its connection while its time-out runs.
+            # No limit here, because a request would wait for its connection while its time-out runs.
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),
             # Digests and ranges refer to the bytes themselves, so nothing may be compressed on the way.
@@ -129,12 +129,12 @@ class Transport:
             self._session = None
 
     def turn(self) -> asyncio.Semaphore:
-        """Hold this while sending a body: it limits how many are sent at a time. Other calls do not wait for it."""
+        """Hold this while sending a body: it limits how many are sent at a time. Other calls do not need it."""
         return self._bodies
 
     @property
     def may_use_store(self) -> bool:
-        """Whether parts of large files may go straight to the blob store: not for a while after it took none."""
+        """Whether parts of large files may be sent straight to the blob store: not for a while after a failure."""
         return time.monotonic() >= self._store_away_until
 
     def store_failed(self) -> None:
@@ -146,14 +146,14 @@ class Transport:
         return self._at_store
 
     async def put_to_store(self, url: str, headers: Mapping[str, str], data: AsyncIterable[bytes]) -> str | None:
-        """PUT a part to an address that the gateway has signed; the `ETag` of the answer, None if it was not taken.
+        """PUT a part to an address that the gateway has signed. Returns the answer's `ETag`; None if it was refused.
 
-        The token stays here. Raises UnavailableError when there is no answer.
+        The token is not sent. Raises UnavailableError if there is no answer.
         """
         if self._session is None:
             raise ConfigurationError("the client is closed; use it inside `async with`")
         if self.url.startswith("https:") and not url.startswith("https:"):
-            return None  # it would leave in the clear what goes to the gateway encrypted
+            return None  # bytes that are encrypted on the way to the gateway must not be sent in the clear
         policy = self.policy
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=policy.connect_seconds, sock_read=policy.idle_seconds)
         put = self._session.put
@@ -162,7 +162,7 @@ class Transport:
             async with put(address, headers=headers, data=data, timeout=timeout, allow_redirects=False) as response:
                 await response.read()
                 return response.headers.get("ETag") if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # whose texts may hold the signature
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # their texts may contain the signature
             raise unavailable(f"the blob store took no part: {type(error).__name__}") from None
 
     async def call(
@@ -176,7 +176,7 @@ class Transport:
     ) -> Answer:
         """Send a request without a stream, with retries, and return the whole answer.
 
-        Raises the error that the answer stands for, and UnavailableError once the policy's time is over.
+        Raises the error in the answer, and UnavailableError after the policy's time.
         """
         async with self._calls:
             return await with_retries(
@@ -229,7 +229,7 @@ class Transport:
         return await with_retries(self.policy, attempt, notify=self.notify)
 
     async def read_chunk(self, response: aiohttp.ClientResponse) -> bytes:
-        """The next bytes of an open answer, at most 1 MiB, empty at its end. Raises UnavailableError if it was cut."""
+        """The next bytes of an open answer, at most 1 MiB; empty at its end. Raises UnavailableError if it was cut."""
         try:
             return await response.content.read(CHUNK_BYTES)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -274,7 +274,7 @@ class Transport:
             )
         except (aiohttp.ClientError, TimeoutError) as error:
             if isinstance(error, aiohttp.ClientResponseError):
-                raise self._lost(error, still) from None  # it holds the request's headers, and so the token
+                raise self._lost(error, still) from None  # the cause has the request's headers, including the token
             raise self._lost(error, still) from error
         if not 200 <= response.status < 300:
             raise await _refusal(response)
@@ -300,7 +300,7 @@ class Transport:
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> ArtifactStoreError:
-    """The error that an answer stands for. Its body counts as far as it arrived: the status says enough without it."""
+    """The error in an answer. A body that broke off is used as far as it arrived: the status is enough without it."""
     from artifact_store.documents.problem_details import MAX_PROBLEM_BYTES, error_of_answer  # these load pydantic
 
     body = b""
@@ -339,9 +339,9 @@ def log_retry(error: ArtifactStoreError, seconds: float) -> None:
 class RetryPolicy:
     """How long and how often to try, in seconds.
 
-    `total_seconds` limits a request and its retries together. A transfer of file bytes may take longer: for it the time
+    `total_seconds` limits a request together with its retries. A transfer of file bytes may take longer: its time
     counts from the first failure. `idle_seconds` is how long an answer may be silent before the attempt counts as lost.
-    The limit of a pause grows from `first_pause_seconds` to `longest_pause_seconds`; each pause is random below it.
+    Pauses are random, up to a limit that grows from `first_pause_seconds` to `longest_pause_seconds`.
     """
 
     total_seconds: float = 60.0
@@ -363,7 +363,7 @@ async def with_retries(
     notify: Notify | None = None,
     repeatable: Callable[[], bool] = lambda: True,
 ) -> Outcome:
-    """Call `attempt` until it succeeds, is refused for good, or the policy's time is over. Then raise its last error.
+    """Call `attempt` until it succeeds, is finally refused, or the policy's time is over. Then raise its last error.
 
     UnavailableError and PushBackError are retried while `repeatable` is true, GivenUpError is not.
     """
@@ -399,7 +399,7 @@ async def with_retries(
             last = error
             raise
         except TimeoutError:
-            # The earlier failure says more than that the time for another attempt ran out.
+            # The earlier failure is more useful than the message that the time for another attempt ran out.
             raise last or no_answer(policy.total_seconds) from None
         finally:
             budget.attempted()
@@ -412,16 +412,16 @@ async def with_retries(
     except PushBackError:
         if last is None:
             raise
-        raise last from None  # an earlier attempt may have succeeded; raising this refusal would deny that
+        raise last from None  # an earlier attempt may have succeeded, which this refusal would hide
 
 
 def no_answer(seconds: float) -> UnavailableError:
-    """The error of an attempt without an answer in time. The outcome is unknown."""
+    """The error for an attempt without an answer in time. The outcome is unknown."""
     return unavailable(f"the gateway did not answer within {seconds:g} s; the outcome is unknown")
 
 
 def unavailable(detail: str) -> UnavailableError:
-    """An UnavailableError without a `retry_after` of its own."""
+    """An UnavailableError that does not ask for a pause."""
     error = UnavailableError(detail)
     error.retry_after = 0.0
     return error
