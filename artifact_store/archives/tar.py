@@ -121,6 +121,16 @@ def parse_pax(body: bytes, number: int) -> list[tuple[str, bytes]]:
     return found
 
 
+def _tail(kind: bytes) -> tuple[bytes, int]:
+    tail = (kind + bytes(100) + _USTAR + b"00").ljust(BLOCK - _AT_KIND, b"\0")
+    return tail, sum(tail)
+
+
+_AT_KIND = 156
+_TAILS = {kind: _tail(kind) for kind in (b"0", b"x")}
+"""What stands in a header from the entry's kind on, and its sum."""
+
+
 def file_header(name: bytes, size: int, modified: int) -> bytes:
     """The header of a regular file whose name has at most 100 bytes and whose size is below 8 GiB."""
     return _header(name, size, modified, b"0")
@@ -134,9 +144,8 @@ def pax_header(records: dict[str, str]) -> bytes:
 
 def _header(name: bytes, size: int, modified: int, kind: bytes) -> bytes:
     head = b"%s0000644\x000000000\x000000000\x00%011o\x00%011o\x00" % (name.ljust(100, b"\0"), size, modified)
-    tail = kind + bytes(100) + _USTAR + b"00"
-    checksum = sum(head) + sum(tail) + 8 * 0x20
-    return (b"%s%06o\x00 %s" % (head, checksum, tail)).ljust(BLOCK, b"\0")
+    tail, sum_of_tail = _TAILS[kind]
+    return b"%s%06o\x00 %s" % (head, sum(head) + sum_of_tail + 8 * 0x20, tail)
 
 
 def _pax_record(key: str, value: str) -> bytes:
@@ -505,8 +514,13 @@ async def tar_of(bundle: Bundle, modified: int = 0) -> AsyncGenerator[bytes, Non
 
 def tar_of_small(files: Sequence[SmallFile], modified: int = 0) -> bytes:
     """The entries of small files, without the archive's end."""
+    return b"".join(pieces_of_small(files, modified))
+
+
+def pieces_of_small(files: Sequence[SmallFile], modified: int = 0) -> list[bytes]:
+    """As `tar_of_small`, in pieces, among them the files' own bytes."""
     pieces: list[bytes] = []
     for file in files:
         size = len(file.data)
         pieces += (entry_header(file.relative_path, size, modified), file.data, padding(size))
-    return b"".join(pieces)
+    return pieces

@@ -10,7 +10,7 @@ import asyncio
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +89,24 @@ class BytesSource(BodySource):
         return blake3(self._data).digest()
 
 
+class PiecesSource(BodySource):
+    """A body that lies in memory in many small pieces. They are joined as they are sent, 1 MiB at a time."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self._pieces = pieces
+        self.size_bytes = sum(map(len, pieces))
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        start = size = 0
+        for number, piece in enumerate(self._pieces):
+            if size + len(piece) > CHUNK_BYTES:
+                yield b"".join(self._pieces[start:number])
+                start, size = number, 0
+            size += len(piece)
+        if size:
+            yield b"".join(self._pieces[start:])
+
+
 @dataclass(frozen=True, slots=True)
 class FileStamp:
     """The size in bytes and the modification time in ns of a file, by which a change is noticed."""
@@ -145,7 +163,7 @@ class FileSource(BodySource):
         try:
             self._check(descriptor)
             data = os.read(descriptor, self._stamp.size_bytes + 1)
-            while len(data) <= self._stamp.size_bytes and (more := os.read(descriptor, CHUNK_BYTES)):
+            while len(data) < self._stamp.size_bytes and (more := os.read(descriptor, CHUNK_BYTES)):
                 data += more
             if len(data) != self._stamp.size_bytes:
                 raise self._changed()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from uuid import UUID
 
 import aiohttp
 
 from artifact_store.archives.bundle import SMALL_FILE_BYTES, Bundle, Group, HeldFiles, NamedFile, StreamedFile
-from artifact_store.archives.tar import END, ArchiveLimits, TarReader, entries_of, tar_of, tar_of_small
-from artifact_store.client.bodies import BytesSource
+from artifact_store.archives.tar import END, ArchiveLimits, TarReader, entries_of, pieces_of_small, tar_of
+from artifact_store.client.bodies import PiecesSource
 from artifact_store.client.sending import Sending, send_body
 from artifact_store.client.transport import Transport
 from artifact_store.documents import answers
@@ -30,20 +30,18 @@ async def send_files(
 ) -> Acknowledgement:
     """Send a bundle as one archive. Raises as `Registry.ingest_files`."""
     fields = {**headers, "Content-Type": TAR}
-    body: AsyncIterable[bytes]
-    size: int | None = None
     if isinstance(files, HeldFiles):
-        archive = await asyncio.to_thread(tar_of_small, files.files) + END
-        body, size = BytesSource(archive), len(archive)
-        fields["Content-Length"] = str(size)
+        archive = PiecesSource([*await asyncio.to_thread(pieces_of_small, files.files), END])
+        fields["Content-Length"] = str(archive.size_bytes)
+        sending = Sending(archive, archive.size_bytes, hashed=False)
     else:
-        body = tar_of(files)
+        sending = Sending(tar_of(files), None, hashed=False)
     answer = await send_body(
         transport,
         "POST",
         f"/v1/packages/{package_id}/files",
         fields,
-        Sending(body, size),
+        sending,
         what="an archive was lost on its way and its stream cannot be read again",
         command_id=command_id,
     )
