@@ -51,6 +51,7 @@ from ingest_gateway.protocol.request import (
     TEXT,
     WAIT_SEQUENCE,
     Call,
+    bytes_answer,
     json_answer,
 )
 from ingest_gateway.routes.packages import INGESTING, READING, WRITING
@@ -77,7 +78,7 @@ async def ingest_files(call: Call) -> web.StreamResponse:
         files = entries_of(reader, body if coding is None else decoded(body, coding))
         # As with a single file, the writer is asked before the first byte of the body is read.
         done = await call.registry.ingest_files(package_id, files, actor, command_id=command_id)
-    return json_answer(await asyncio.to_thread(FilesIngestedAnswer.of, done), status=201)
+    return bytes_answer(await asyncio.to_thread(FilesIngestedAnswer.json_of, done), JSON, status=201)
 
 
 def _coding(call: Call, media_type: str) -> str | None:

@@ -112,6 +112,10 @@ def test_the_answer_that_is_sent_most_often_is_the_one_of_its_shape(path: str) -
     for position in (None, Position(uuid4(), {0: 3, 5: 2**40})):
         done = Acknowledgement(uuid4(), 7, file.event_digest, files=(file,), position=position)
         assert FileIngestedAnswer.json_of(done) == FileIngestedAnswer.of(done).model_dump_json().encode()
+        done.files = (file, file._replace(file_id=uuid4(), sequence=8))
+        many = FilesIngestedAnswer.json_of(done)
+        assert FilesIngestedAnswer.model_validate_json(many).model_dump_json().encode() == many
+        assert FilesIngestedAnswer.model_validate_json(many).files[1].relative_path == path
 
 
 def test_acknowledgements_survive_the_way_over_http() -> None:
@@ -120,16 +124,16 @@ def test_acknowledgements_survive_the_way_over_http() -> None:
     ingested = Acknowledgement(created.package_id, 2, file.event_digest, files=(file,))
     clashes = 7, (PathPair("README", "readme"), PathPair("a", "A"))
     finalized = Acknowledgement(created.package_id, 3, bytes(32), (), bytes(range(32)), *clashes)
-    shapes: list[tuple[Any, Acknowledgement, Callable[[bytes], Acknowledgement]]] = [
-        (PackageCreatedAnswer, created, answers.created),
-        (FileIngestedAnswer, ingested, answers.ingested),
-        (FilesIngestedAnswer, ingested, answers.ingested),
-        (PackageFinalizedAnswer, finalized, answers.finalized),
+    ways: list[tuple[Callable[[Acknowledgement], bytes], Acknowledgement, Callable[[bytes], Acknowledgement]]] = [
+        (lambda done: PackageCreatedAnswer.of(done).model_dump_json().encode(), created, answers.created),
+        (FileIngestedAnswer.json_of, ingested, answers.ingested),
+        (FilesIngestedAnswer.json_of, ingested, answers.ingested),
+        (lambda done: PackageFinalizedAnswer.of(done).model_dump_json().encode(), finalized, answers.finalized),
     ]
-    for shape, done, read in shapes:
+    for written, done, read in ways:
         for position in (None, Position(uuid4(), {0: 3, 5: 2**40})):
             done.position = position
-            found = read(shape.of(done).model_dump_json().encode())
+            found = read(written(done))
             assert (found, found.position) == (done, position)
 
 

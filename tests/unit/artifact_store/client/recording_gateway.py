@@ -67,7 +67,7 @@ class Recorder:
         self.requests.append(list(found))
         self.recorded.set()
         acknowledged = Acknowledgement(PACKAGE, done[-1].sequence, bytes(32), files=tuple(done))
-        return (FileIngestedAnswer if path else FilesIngestedAnswer).of(acknowledged).model_dump_json()
+        return (FileIngestedAnswer if path else FilesIngestedAnswer).json_of(acknowledged).decode()
 
     def _ingested(self, name: str, data: bytes) -> IngestedFile:
         self.files[name] = data
