@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 from uuid import UUID
 
 from artifact_store.archives.bundle import Bundle, Group, NamedFile
 from artifact_store.byte_streams import from_any
 from artifact_store.documents import times
 from artifact_store.errors import InvalidRequestError, PackageNotFoundError
-from artifact_store.events import RecordedEvent
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import (
     DEFAULT_PAGE,
@@ -31,6 +30,9 @@ from artifact_store.models import (
     UsageTotal,
 )
 from artifact_store.position import Position
+
+if TYPE_CHECKING:
+    from artifact_store.events import RecordedEvent
 
 ByteStream = AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes
 ManifestFormat = Literal["cbor", "json"]

@@ -34,7 +34,6 @@ from artifact_store.errors import (
     RangeNotSatisfiableError,
     TooLargeError,
 )
-from artifact_store.events import RecordedEvent
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import (
     DEFAULT_PAGE,
@@ -62,6 +61,7 @@ from artifact_store.rules import check_header_text, check_path, check_text, meta
 if TYPE_CHECKING:
     from artifact_store.client.stream import FileStream
     from artifact_store.client.subscribing import SubscriptionsClient
+    from artifact_store.events import RecordedEvent
 
 # Pushing and pulling do not need pydantic, and most programs do not need streams and subscriptions: such modules are
 # imported where they are used.
