@@ -1,4 +1,4 @@
-"""What the tests of archives and copies share: digests of a log's views, logs in files, and fillers that end early."""
+"""Shared by the tests of archives and copies: digests of a log's views, logs in files, and fillers that end early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bucket of a test's own on any S3, which is emptied and removed afterwards; and a key that signs for its clients."""
+"""A separate bucket for a test on any S3, emptied and removed afterwards; and a key that signs for its clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority of the test's own, and what it signs."""
+"""Certificates for tests: a separate authority, and the certificates that it signs."""
 
 from __future__ import annotations
 

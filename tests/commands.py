@@ -1,4 +1,4 @@
-"""Commands for tests: valid by default, one thing changed at a time."""
+"""Commands for tests: valid by default, with one thing changed at a time."""
 
 from __future__ import annotations
 

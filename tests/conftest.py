@@ -1,7 +1,7 @@
 """Fixtures that give a test its own topic, bucket and database on the shared services, or embedded parts in a folder.
 
-Only tests with the marker `services` touch the real ones. The environment's own `ARTIFACT_STORE_*` variables are taken
-away from every test, so that a shell that sourced `var/services.env` sees the same results as one that did not.
+Only tests with the marker `services` use the real services. `ARTIFACT_STORE_*` variables of the environment are removed
+for every test, so that a shell that has sourced `var/services.env` sees the same results as another.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`python -m tests.demo`: the main job on the embedded default, with real files, and what came of it.
+"""`python -m tests.demo`: the main job on the embedded default with real files, and its results.
 
-The files are the sources of Python's own standard library. A gateway is started as a process, the command line
-publishes, follows, rebuilds and brings back; at the end nothing runs and nothing is left behind. Needs no more than the
-product itself does.
+The files are the sources of Python's standard library. A gateway is started as a process, and the command line
+publishes, follows, rebuilds and pulls. At the end nothing is running and nothing is left behind. It needs only what the
+product itself needs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`python -m tests.image`: builds the image, as the guide does, and tries it as a pod of the chart would run it.
+"""`python -m tests.image`: builds the image as the guide does, and tries it as a pod of the chart would run it.
 
-A container with a root that cannot be written to stores a file and gives it back, as a user without rights. The image's
-bill of materials is copied to `var/sbom.cdx.json`.
+A container with a read-only root and an unprivileged user stores a file and gives it back. The image's bill of
+materials is copied to `var/sbom.cdx.json`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A log in memory with several partitions, for tests of what reads it: a fake of the `Log` port that can be disturbed.
+"""A log in memory with several partitions, for tests of its readers: a fake of the `Log` port that can be disturbed.
 
-As on Kafka, offsets have holes (where transaction markers would lie), a group spreads the partitions over its members,
-and a rebalance begins each partition anew where `start_offsets` says.
+As on Kafka, offsets have gaps (where transaction markers would be), a group spreads the partitions over its members,
+and after a rebalance each partition is read from where `start_offsets` says.
 """
 
 from __future__ import annotations

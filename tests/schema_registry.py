@@ -1,6 +1,6 @@
-"""A schema registry in this process, as far as Confluent's interface is used here; it fails on request.
+"""A schema registry in this process, as far as we use Confluent's interface; it fails on request.
 
-The real one, `tests.services.apicurio`, takes 10 s to start and cannot be made to lose or loosen what it holds.
+The real one, `tests.services.apicurio`, takes 10 s to start and cannot be made to lose schemas or loosen its rules.
 """
 
 from __future__ import annotations

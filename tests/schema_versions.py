@@ -1,9 +1,9 @@
-"""Whether every version of every event can be read beside the others: `python -m tests.schema_versions`.
+"""Checks that each version of an event can be read by every other: `python -m tests.schema_versions`.
 
-An event of an earlier version is read as one of the latest by adding what later versions added (`codec.UPCASTERS`).
-So a version may add fields and do nothing else: what any two versions of an event have in common is equal in both, and
-every field that a version adds has a value for earlier events. Schema registries call this FULL_TRANSITIVE. They cannot
-check it across versions here, because each version is a record with a namespace of its own.
+An event of an earlier version is read as one of the latest by adding the fields of later versions (`codec.UPCASTERS`).
+So a version may only add fields: fields that two versions of an event share are equal in both, and every added field
+has a value for earlier events. Schema registries call this FULL_TRANSITIVE. They cannot check it across versions here,
+because each version is a record with a different namespace.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long the machine stood still while a test measured a bound of the product: nothing can answer meanwhile."""
+"""How long the machine stood still while a test measured a bound of the product: nothing could answer meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every proxy of the tests has in common: it listens, serves connections one task each, and can end them all."""
+"""Shared by the proxies of the tests: they listen, serve each connection in a task, and can end them all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees of files, to be compared."""
+"""Trees of files, for comparing."""
 
 from __future__ import annotations
 

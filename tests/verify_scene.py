@@ -1,7 +1,7 @@
-"""A small registry for tests of the oracle: a log in memory, blobs in a folder and views in a file, all of it whole.
+"""A small, undamaged registry for tests of the oracle: a log in memory, blobs in a folder and views in a file.
 
 Its events are made by the core. Tests then damage log, blobs or views on purpose; `chained` makes an event that was
-tampered with fit its neighbours again, as a careful forger would, so that one check alone can find it.
+tampered with fit its neighbours again, as a careful forger would, so that only one check can find it.
 """
 
 from __future__ import annotations

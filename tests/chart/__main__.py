@@ -1,4 +1,4 @@
-"""`python -m tests.chart`: builds Helm when it is not there yet, then runs the quick tests of this folder."""
+"""`python -m tests.chart`: builds Helm if it is missing, then runs the quick tests of this folder."""
 
 from __future__ import annotations
 

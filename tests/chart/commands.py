@@ -1,4 +1,4 @@
-"""The commands that the chart's containers run, and the ones that the tests know: the two must be the same."""
+"""The commands that the chart's containers run, which must be exactly the commands that the tests know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment that a container of the chart would start with, worked out as the kubelet does."""
+"""The environment with which a container of the chart would start, computed as the kubelet does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Helm itself: built once from the Go module proxy, and run without touching the user's own Helm or any cluster."""
+"""Helm, built once from the Go module proxy, and run without touching the user's own Helm or any cluster."""
 
 from __future__ import annotations
 

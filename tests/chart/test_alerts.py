@@ -1,4 +1,4 @@
-"""Alerts fire on what they are for and on nothing else, are explained in the runbooks, and reach the cluster."""
+"""Alerts fire for their failure and nothing else, are explained in the runbooks, and reach the cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chart lints, renders valid objects, refuses wrong values, and starts processes that know what they are given."""
+"""The chart passes lint, renders valid objects, refuses wrong values, and starts processes with the right arguments."""
 
 from __future__ import annotations
 

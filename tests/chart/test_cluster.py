@@ -1,4 +1,4 @@
-"""The chart on a real Kubernetes whose nodes are simulated: installed, upgraded, taken back, scaled, drained."""
+"""The chart on a real Kubernetes with simulated nodes: installed, upgraded, rolled back, scaled, drained."""
 
 from __future__ import annotations
 

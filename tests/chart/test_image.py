@@ -1,4 +1,4 @@
-"""The image's recipe: locked to hashes through its build. `make image` builds and tries it where an engine is."""
+"""The image's recipe is locked to hashes through its build. `make image` builds and tries it if there is an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operating guide says of Kubernetes fits the chart: values, Secret, objects, and a Job made of another."""
+"""The operating guide's section on Kubernetes fits the chart: values, Secret, objects, and a Job made of another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chart's README is what `make docs` makes of the values, and says of each value what it is."""
+"""The chart's README is the output of `make docs`, and describes each value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of blob stores share: stores with small parts, bodies, and a look at everything that a store holds."""
+"""Shared by the tests of blob stores: stores with small parts, bodies, and the list of everything in a store."""
 
 from __future__ import annotations
 

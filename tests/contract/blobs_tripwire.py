@@ -1,4 +1,4 @@
-"""TCP proxies in front of a store that break the connection, or flip a bit, when a certain request passes."""
+"""TCP proxies in front of a store that break the connection, or flip a bit, at a chosen request."""
 
 from __future__ import annotations
 

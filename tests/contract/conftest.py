@@ -1,4 +1,4 @@
-"""The stage of the log's contract; what takes long on SeaweedFS alone is left to the endurance run there."""
+"""The stage of the log's contract. Tests that are slow only on SeaweedFS run there only in `make endurance`."""
 
 from __future__ import annotations
 

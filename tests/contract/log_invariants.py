@@ -1,6 +1,6 @@
-"""The oracle of every test that writes: reads a whole log and holds it to what must be true (docs/architecture.md).
+"""The oracle of every test that writes: reads a whole log and checks its invariants (docs/architecture.md).
 
-Event by event it goes by `services.verify.check_log`, which shares no code with what decides and evolves.
+It checks each event with `services.verify.check_log`, which shares no code with deciding and evolving.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What other processes do to an embedded log in tests; each reports over a pipe and may be killed at any time."""
+"""Other processes on an embedded log, for tests; each reports over a pipe and may be killed at any time."""
 
 from __future__ import annotations
 

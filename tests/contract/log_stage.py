@@ -1,4 +1,4 @@
-"""What the tests of logs share: the parts on one log, a caller that retries as it should, a projection that reads."""
+"""Shared by the tests of logs: the parts on one log, a caller that retries correctly, a projection that reads."""
 
 from __future__ import annotations
 

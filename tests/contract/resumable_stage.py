@@ -1,4 +1,4 @@
-"""What uploads that span requests are tested on: two gateways, one store of each kind, one log."""
+"""The stage for uploads over several requests: two gateways, one store of each kind, one log."""
 
 from __future__ import annotations
 

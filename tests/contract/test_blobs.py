@@ -1,4 +1,4 @@
-"""The contract of blob storage, which every adapter passes."""
+"""The contract of blob storage, which every adapter must pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How blobs heal, on every adapter: what is missing, cut short or set aside comes back with the next upload."""
+"""Blobs heal on every adapter: a missing, truncated or set-aside blob comes back with the next upload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the S3 adapter has to get right: parts, lost answers, lost connections, credentials, records of uploads."""
+"""The S3 adapter's own duties: parts, lost answers, lost connections, credentials, records of uploads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that clients send straight to the store: what an address grants, and what becomes of parts that are wrong."""
+"""Parts that clients send straight to the store: what an address allows, and what happens to wrong parts."""
 
 from __future__ import annotations
 

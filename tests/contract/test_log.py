@@ -1,4 +1,4 @@
-"""The contract of the log of record, which both adapters pass: commands and their answers."""
+"""The contract of the log of record, which both adapters must pass: commands and their answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the embedded log promises beyond the contract: many processes, sudden death, and files that are not its own."""
+"""The embedded log's promises beyond the contract: many processes, sudden death, and foreign files."""
 
 from __future__ import annotations
 

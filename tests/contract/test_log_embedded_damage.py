@@ -1,4 +1,4 @@
-"""What readers and writers make of an embedded log whose rows, or whose file, are not as they were written."""
+"""Readers and writers on an embedded log whose rows or file are damaged."""
 
 from __future__ import annotations
 

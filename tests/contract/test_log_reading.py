@@ -1,4 +1,4 @@
-"""The contract of the log of record, which both adapters pass: reading, positions, subscriptions."""
+"""The contract of the log of record, which both adapters must pass: reading, positions, subscriptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads that span requests, on every store: what is kept wherever they are cut, by whichever gateway they go on."""
+"""Uploads over several requests, on every store: nothing is lost, wherever they break off and whoever continues."""
 
 from __future__ import annotations
 

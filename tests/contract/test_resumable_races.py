@@ -1,4 +1,4 @@
-"""Uploads that span requests, cut off or met by another request at the worst moment: nothing that was taken is lost."""
+"""Uploads that break off, or meet another request, at the worst moment: no accepted byte is lost."""
 
 from __future__ import annotations
 

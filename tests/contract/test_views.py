@@ -1,4 +1,4 @@
-"""What every views database must do, on SQLite and on PostgreSQL: the same rows, digests, pages, guards and errors."""
+"""The duties of every views database, on SQLite and PostgreSQL: the same rows, digests, pages, guards and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL: what one question costs, and what becomes of connections that are lost."""
+"""Connections to PostgreSQL: the cost of one query, and what happens when a connection is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A digest is streamed: its memory does not grow with the rows; and it is the same in every process, run after run."""
+"""A digest is streamed, so its memory does not grow with the rows; and it is the same in every process and run."""
 
 from __future__ import annotations
 

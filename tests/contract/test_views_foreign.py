@@ -1,4 +1,4 @@
-"""What no writer of ours writes: parked where nobody could be shown it, and listed like all else where it can be."""
+"""Events that our writers never write: parked if they could not be shown to anybody, listed like others if they can."""
 
 from __future__ import annotations
 

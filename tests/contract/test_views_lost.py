@@ -1,4 +1,4 @@
-"""Views that lost a table, or stand in a database that does not hold every text: refused, not believed."""
+"""Views that lost a table, or are in a database that cannot store every text, are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages while others write: whatever is created or changed between two of them, nothing repeats or goes missing."""
+"""Pages while others write: nothing is repeated or missing, whatever is created or changed between two pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The indexes fit the queries: none reads more of a large table than it answers with, or sorts what it reads."""
+"""The indexes fit the queries: no query reads more of a large table than it returns, or sorts it."""
 
 from __future__ import annotations
 

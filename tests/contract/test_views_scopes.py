@@ -1,4 +1,4 @@
-"""What a scope leaves out: the database finds the packages that `Scope.includes` names, in every query."""
+"""Scopes in queries: the database finds exactly the packages that `Scope.includes` includes."""
 
 from __future__ import annotations
 

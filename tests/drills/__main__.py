@@ -1,6 +1,6 @@
 """`python -m tests.drills [NAME…]`: the drills whose names contain one of these texts, or all.
 
-The exit code is 1 if one failed.
+The exit code is 1 if a drill failed.
 """
 
 from __future__ import annotations

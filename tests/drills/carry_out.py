@@ -1,4 +1,4 @@
-"""How a drill is run: the failure is made, seen, mended, and seen to be mended."""
+"""Running a drill: the failure is caused, observed, mended, and observed to be mended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The failures: how each is made, what says so, and what the runbook mends it with.
+"""The failures: how each is caused, which signs show it, and how the runbook mends it.
 
 Alerts are named without `ArtifactStore`. Texts are regular expressions.
 """

@@ -1,4 +1,4 @@
-"""What an operator sees while something is wrong: alerts in Prometheus, `doctor`, `status`, `/readyz`, and logs."""
+"""An operator's view while something is wrong: alerts in Prometheus, `doctor`, `status`, `/readyz`, and logs."""
 
 from __future__ import annotations
 

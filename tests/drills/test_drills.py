@@ -1,4 +1,4 @@
-"""For each failure that an operator meets: what cries, what is said, and that the runbook mends it."""
+"""Each failure that an operator may meet raises its alert, is explained, and is mended by the runbook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callers of one writer in this process, for tests that break what lies below it: steady load, every answer kept."""
+"""Callers of one writer in this process, for tests of faults below it: steady load, and every answer is kept."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Catching up while processes are killed, groups rebalanced and the database restarted: the stage, and what is done.
+"""The stage for catching up while processes are killed, groups rebalance and the database restarts.
 
-A projector of two processes folds a log of many packages with every projection. At drawn points of the registry's
-progress something is done to it. In the end each view must have the digest of one undisturbed fold; `usage`, which adds
-up, would show an event that was applied twice.
+A projector of two processes folds a log of many packages with every projection. At random points of the registry's
+progress a fault is caused. At the end each view must have the digest of one undisturbed fold; `usage`, which adds up,
+would show an event that was applied twice.
 """
 
 from __future__ import annotations

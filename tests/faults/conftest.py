@@ -1,4 +1,4 @@
-"""One broker behind proxies, for the tests that take what is between it and its clients in hand."""
+"""One broker behind proxies, for tests that control the network between it and its clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gateway processes and a steady load on them by plain HTTP, with how long each command waited."""
+"""Gateway processes and a steady load on them by plain HTTP, with the time that each command waited."""
 
 from __future__ import annotations
 

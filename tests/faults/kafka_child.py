@@ -1,4 +1,4 @@
-"""Starting `tests.faults.kafka_gateway` and doing to it what machines do to processes."""
+"""Starts `tests.faults.kafka_gateway`, and kills, freezes or resumes it."""
 
 from __future__ import annotations
 

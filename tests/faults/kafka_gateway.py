@@ -1,7 +1,7 @@
-"""A gateway's writer as a process of its own, which stops at a chosen step of a write and says so.
+"""A gateway's writer as a separate process, which stops at a chosen step of a write and reports that.
 
-`python -m tests.faults.kafka_gateway [STEP]`, settings from the environment. It prints `started`, and `held` when a
-transaction that creates a package named `hold` has come to the step; there it stays. SIGTERM closes it in order.
+`python -m tests.faults.kafka_gateway [STEP]`, with settings from the environment. It prints `started`, and `held` when
+a transaction that creates a package named `hold` has reached the step, where it stays. SIGTERM closes it in order.
 """
 
 from __future__ import annotations

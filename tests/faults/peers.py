@@ -1,4 +1,4 @@
-"""A network among the brokers of a cluster, from which one of them can be cut off while clients still reach it."""
+"""A network among the brokers of a cluster, from which one can be cut off while clients still reach it."""
 
 from __future__ import annotations
 

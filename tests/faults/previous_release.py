@@ -1,4 +1,4 @@
-"""The release before this one, whose processes share a cluster with those of this one while it is upgraded."""
+"""The previous release, whose processes share a cluster with those of this one during an upgrade."""
 
 from __future__ import annotations
 

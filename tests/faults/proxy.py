@@ -1,8 +1,8 @@
-"""A network between Kafka clients and brokers that can be made slow, silent, or to lose answers.
+"""A network between Kafka clients and brokers that can be made slow or silent, and can lose answers.
 
-One proxy a broker, which advertises it to those who come through it. Requests are told apart by the `api_key` in their
-header (Kafka protocol guide). What a client has sent reaches the broker even when the client has hung up meanwhile:
-that is how a late request comes about.
+There is one proxy for each broker, which advertises the proxy to clients that come through it. Requests are
+distinguished by the `api_key` in their header (Kafka protocol guide). A client's bytes reach the broker even if the
+client has closed the connection meanwhile: this is how late requests occur.
 """
 
 from __future__ import annotations

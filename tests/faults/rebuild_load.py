@@ -1,4 +1,4 @@
-"""Readers and a writer at fixed rates while a view is built anew: what each read found, and how long it took."""
+"""Readers and a writer at fixed rates during a rebuild: what each read found, and how long it took."""
 
 from __future__ import annotations
 

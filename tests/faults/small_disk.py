@@ -1,4 +1,4 @@
-"""Servers with a small disk of their own, which can be filled: a file system in a file, that only they see mounted."""
+"""Servers with a small separate disk that can be filled: a file system in a file, mounted only for them."""
 
 from __future__ import annotations
 

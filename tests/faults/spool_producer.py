@@ -1,4 +1,4 @@
-"""A producer with a spool, as a process that can be killed: it prints each path as soon as its file was added."""
+"""A producer with a spool, as a process that can be killed: it prints each path after its file was added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads of every kind that stop in the middle until they are told to go on, while something is done to the store."""
+"""Uploads of every kind that stop in the middle until they are told to continue, while the store is disturbed."""
 
 from __future__ import annotations
 

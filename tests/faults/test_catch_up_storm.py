@@ -1,6 +1,6 @@
-"""Exactly once in effect: whatever happens to processes, groups and database, each view is that of one quiet fold.
+"""Exactly once in effect: whatever happens to processes, groups and database, each view equals one quiet fold.
 
-`CATCH_UPS=3 make endurance` makes fewer of the long ones.
+`CATCH_UPS=3 make endurance` runs fewer of the long ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The group's coordinator is away while every leader is well: its members keep their partitions for one session."""
+"""The group's coordinator is down while every leader is well: members keep their partitions for one session."""
 
 from __future__ import annotations
 

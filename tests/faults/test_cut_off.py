@@ -1,4 +1,4 @@
-"""A gateway that one broker of several cannot be reached from leaves what that broker leads to a gateway that can."""
+"""A gateway that cannot reach one of several brokers leaves that broker's partitions to a gateway that can."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How long clients wait when the owner of a partition goes: killed, frozen, or told to end. They never see an error.
+"""How long clients wait when a partition's owner is killed, frozen or stopped. They never see an error.
 
-The bounds are the project's promise: after a kill under twice the group's session time-out, after an orderly end 2 s.
-Time in which the machine as a whole stood still is not counted.
+The bounds are the project's promise: after a kill, less than twice the group's session time-out; after an orderly stop,
+2 s. Time in which the machine as a whole stood still is not counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Brokers die, freeze and come back under load: every command is answered, and recorded exactly once."""
+"""Brokers die, freeze and return under load: every command is answered, and recorded exactly once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two writers of one partition, open transactions of strangers, and commands that Kafka does not take."""
+"""Two writers of one partition, open foreign transactions, and commands that Kafka refuses."""
 
 from __future__ import annotations
 

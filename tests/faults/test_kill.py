@@ -1,7 +1,7 @@
-"""SIGKILL at random moments of an upload of 500 files: what was acknowledged is there, once, and the views come along.
+"""SIGKILL at random moments of an upload of 500 files: acknowledged files exist once, and the views catch up.
 
-Nobody helps the client: the process is started again on its port, and the client library's own retries do the rest.
-Each test prints its seed; `KILL_SEED` in the environment repeats it.
+The client gets no help: the process is restarted on its port, and the client library's own retries do the rest. Each
+test prints its seed; `KILL_SEED` in the environment repeats it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Between the writer and its broker requests come late, answers get lost and connections break.
+"""Between a writer and its broker, requests are delayed, answers get lost and connections break.
 
-librdkafka speaks the transaction protocol in which a late request of an earlier transaction can be taken for one of a
-later (KIP-890 says how, and ends it for clients that speak the newer one). Each test prints its seed; `FAULT_SEED`
-repeats it.
+librdkafka speaks the older transaction protocol, in which a late request of an earlier transaction can be taken for one
+of a later transaction (KIP-890 explains this, and ends it for clients that speak the newer protocol). Each test prints
+its seed; `FAULT_SEED` repeats it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Three brokers, one always in trouble: leaders move and die under load, and every command is settled once."""
+"""Three brokers, one of them always in trouble: leaders move and die under load, and every command is settled once."""
 
 from __future__ import annotations
 

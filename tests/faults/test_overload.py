@@ -1,7 +1,7 @@
-"""A partition whose writer hardly gets on, or not at all.
+"""A partition whose writer makes little progress, or none.
 
-Memory and waiting are bounded, refusals say when to come again, the client library comes again, and what was
-acknowledged is in the log once.
+Memory and waiting times are bounded, refusals say when to try again, the client library tries again, and acknowledged
+commands are in the log once.
 """
 
 from __future__ import annotations

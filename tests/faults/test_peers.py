@@ -1,4 +1,4 @@
-"""A leader that was deposed and does not know it: no peer or controller reaches it, and every client does."""
+"""A deposed leader that does not know it was deposed: no peer or controller reaches it, but every client does."""
 
 from __future__ import annotations
 

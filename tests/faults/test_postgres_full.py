@@ -1,4 +1,4 @@
-"""A views database with a full disk, and one that is far away: the view stands still or comes late, and is the same."""
+"""A views database with a full disk, and one that is far away: the view stops or is late, but is the same."""
 
 from __future__ import annotations
 

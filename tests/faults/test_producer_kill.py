@@ -1,4 +1,4 @@
-"""A producer is killed at any moment, again and again, with its gateway away half of the time: every file arrives once.
+"""A producer is killed again and again, with its gateway down half of the time: every file arrives once.
 
 Each test prints its seed; `FAULT_SEED` repeats it, as far as processes can be repeated.
 """

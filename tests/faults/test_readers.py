@@ -1,4 +1,4 @@
-"""Readers that no broker answers any more give up within a bound, and say so; what came before was right."""
+"""Readers whose brokers stop answering give up within a bound, and say so; everything read before was right."""
 
 from __future__ import annotations
 

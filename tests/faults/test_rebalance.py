@@ -1,4 +1,4 @@
-"""Partitions move from gateway to gateway while commands are under way: each is settled once, none is refused."""
+"""Partitions move between gateways while commands are in progress: each is settled once, none is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A replay that is killed at any moment: the view is read on, and the next replay ends what was begun."""
+"""A replay is killed at any moment: the live view is still read, and the next replay finishes the build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Subscribers that are cut off again and again get every event once, whichever gateway they come back to.
+"""Subscribers that are cut off repeatedly get every event once, whichever gateway they reconnect to.
 
 Prints its seed; `FAULT_SEED` repeats it, as far as processes can be repeated.
 """

@@ -1,4 +1,4 @@
-"""A writer on a disk that is really full keeps its state in memory, says so, and returns to its file when it can."""
+"""A writer on a full disk keeps its state in memory, reports that, and returns to its file when it can."""
 
 from __future__ import annotations
 

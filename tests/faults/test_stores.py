@@ -1,7 +1,7 @@
-"""A blob store that stops, freezes, slows down or fills up in the middle of uploads of every kind.
+"""A blob store stops, freezes, slows down or fills up during uploads of every kind.
 
-Clients get an acknowledgement or a problem that says what to do, nothing is acknowledged that is not stored, and the
-gateway recovers by itself.
+Clients get an acknowledgement or a problem that says what to do, only stored files are acknowledged, and the gateway
+recovers by itself.
 """
 
 from __future__ import annotations

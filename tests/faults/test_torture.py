@@ -1,6 +1,6 @@
-"""Rounds of torture: what must be true (docs/architecture.md) while brokers, stores, networks and processes fail.
+"""Rounds of torture: the invariants (docs/architecture.md) hold while brokers, stores, networks and processes fail.
 
-Each prints its seed; `FAULT_SEED` in the environment repeats it.
+Each test prints its seed; `FAULT_SEED` in the environment repeats it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Processes of two adjacent releases share a cluster while one is replaced by the other, and taken back.
+"""Processes of two adjacent releases share a cluster while one is replaced by the other, and rolled back.
 
-Producers, a follower and an unfinished upload go on throughout: nothing is lost, and nobody waits longer than for a
+Producers, a follower and an unfinished upload continue throughout: nothing is lost, and nobody waits longer than for a
 take-over.
 """
 

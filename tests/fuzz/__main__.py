@@ -1,8 +1,9 @@
 """`python -m tests.fuzz [NAME…] [--seconds N]`: try decoders, guided by the branches that inputs reach (Linux, x86-64).
 
-Each decoder has a process of its own, in which atheris feeds it inputs. Those that reach a new branch are kept in
-`var/fuzz/NAME/corpus` and are where the next run begins. An input that is mistaken, or takes longer than INPUT_SECONDS
-or much memory, ends the run: it is printed, and lies beside the corpus. Once mended, it belongs into `decoders.py`.
+Each decoder runs in a separate process, in which atheris feeds it inputs. Inputs that reach a new branch are kept in
+`var/fuzz/NAME/corpus`, where the next run begins. The run ends at an input that raises the wrong error, or takes longer
+than INPUT_SECONDS or much memory: it is printed, and stored beside the corpus. Once the decoder is mended, add the
+input to `decoders.py`.
 """
 
 from __future__ import annotations

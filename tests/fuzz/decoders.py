@@ -1,4 +1,4 @@
-"""The decoders that are fuzzed, with the errors that they promise, valid inputs, and inputs that they once mistook."""
+"""The decoders to fuzz, with the errors that they promise, valid inputs, and inputs that they once got wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules of the product a piece of work enters, in whichever of this process's threads."""
+"""Finds the modules of the product that a piece of work enters, in all threads of this process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A reader of the log that knows docs/events.md and the `.avsc` files, and nothing of this project's code.
+"""A reader of the log that knows docs/events.md and the `.avsc` files, but none of this project's code.
 
-Everything here is written a second time on purpose: framing, fingerprints, canonical CBOR, digests, identifiers and the
-partitioner. Where it and the product disagree, one of them is wrong about what the log says.
+Everything here is implemented a second time on purpose: framing, fingerprints, canonical CBOR, digests, identifiers and
+the partitioner. If it and the product disagree, one of them is wrong about the log.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A gateway on the parts of a test, listening on loopback in the test's own process."""
+"""A gateway on the parts of a test, which listens on loopback in the test's process."""
 
 from __future__ import annotations
 

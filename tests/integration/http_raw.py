@@ -1,4 +1,4 @@
-"""HTTP by hand over a socket, for what no client library would send."""
+"""HTTP by hand over a socket, for requests that no client library would send."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the Kafka log share: settings of a topic of the test's own, writers on it, and rivals of theirs."""
+"""Shared by the tests of the Kafka log: settings for a separate topic, writers on it, and their rivals."""
 
 from __future__ import annotations
 

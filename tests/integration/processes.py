@@ -1,7 +1,7 @@
-"""Processes of the product itself: `serve`, `gateway`, `projector`, and single commands, as users start them.
+"""Processes of the product: `serve`, `gateway`, `projector`, and single commands, as users start them.
 
-Needs no more than the product does, so that the demonstration can use it too. A process belongs to a `with` block,
-which ends it; what it wrote is at the end of the error when something fails.
+It needs only what the product needs, so that the demonstration can use it too. A process belongs to a `with` block,
+which ends it; if something fails, the error ends with the process's output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of the projector share: views on either database, and waiting for what a projector brings about."""
+"""Shared by the tests of the projector: views on either database, and waiting for a projector's effects."""
 
 from __future__ import annotations
 

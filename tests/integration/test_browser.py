@@ -1,4 +1,4 @@
-"""A browser's own `EventSource`: the page of docs/subscribing.md follows the feed in Chromium, as it is printed."""
+"""A browser's `EventSource`: the page in docs/subscribing.md follows the feed in Chromium, exactly as printed."""
 
 from __future__ import annotations
 

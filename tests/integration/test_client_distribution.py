@@ -1,4 +1,4 @@
-"""The distribution `artifact-store-client`: its wheel alone, outside the checkout, works against a gateway."""
+"""The distribution `artifact-store-client`: its wheel, alone and outside the checkout, works with a gateway."""
 
 from __future__ import annotations
 

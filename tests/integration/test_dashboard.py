@@ -1,4 +1,4 @@
-"""The dashboard: a real Prometheus that scrapes the real product has something to show in every panel."""
+"""The dashboard: a real Prometheus that scrapes the real product has data for every panel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many modules of the product one request, and one event on its way into a view, pass through.
+"""The number of modules that a request, and an event on its way into a view, pass through.
 
 Each module on the way is a name, a file and a hand-over that a reader has to follow.
 """

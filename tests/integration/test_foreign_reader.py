@@ -1,4 +1,4 @@
-"""Anybody's Kafka consumer can follow the log: records are what docs/events.md says, down to the last digest."""
+"""Any Kafka consumer can follow the log: records are as docs/events.md says, down to the last digest."""
 
 from __future__ import annotations
 

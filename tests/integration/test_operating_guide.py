@@ -1,7 +1,7 @@
-"""The operating guide's commands do what it says: each marked block is run as it stands, on real services.
+"""The operating guide's commands work: each marked block is run exactly as printed, on real services.
 
-Only names of hosts, prefixes, buckets and files are replaced by those of the test. What a block needs beforehand, the
-product makes. `tests/chart` runs the block of values.
+Only names of hosts, prefixes, buckets and files are replaced by the test's. The product itself prepares what a block
+needs. `tests/chart` runs the block of values.
 """
 
 from __future__ import annotations

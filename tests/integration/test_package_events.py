@@ -1,4 +1,4 @@
-"""Events of one package are read from where it begins to where it ends, however much its partition holds."""
+"""One package's events are read from its first to its last, however much its partition holds."""
 
 from __future__ import annotations
 

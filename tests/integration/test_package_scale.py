@@ -1,4 +1,4 @@
-"""A package that is filled by one `PUT` after the other: the last ones cost what the first ones do."""
+"""A package that is filled by one `PUT` after the other: the last ones cost the same as the first."""
 
 from __future__ import annotations
 

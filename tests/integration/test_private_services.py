@@ -1,4 +1,4 @@
-"""A fault test can kill, freeze and restart servers of its own, and what they acknowledged is still there."""
+"""A fault test can kill, freeze and restart private servers, and acknowledged data is still there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's commands do what it says: each marked block is run as it stands, against parts of its own."""
+"""The README's commands work: each marked block is run exactly as printed, on separate parts."""
 
 from __future__ import annotations
 

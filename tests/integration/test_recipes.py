@@ -1,4 +1,4 @@
-"""The recipes of docs/subscribing.md, run as they are printed: other people's tools on the topic and on the feed."""
+"""The recipes of docs/subscribing.md, run exactly as printed: other people's tools on the topic and the feed."""
 
 from __future__ import annotations
 

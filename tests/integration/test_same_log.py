@@ -1,6 +1,6 @@
-"""The same log gives the same digest wherever it lies: in other partitions, at other offsets, interleaved otherwise.
+"""The same log gives the same digest, even in other partitions, at other offsets, or interleaved differently.
 
-And what is not the same log any more is refused on Kafka too.
+A log that is no longer the same is refused on Kafka too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shared services of `make services` are there and do what the adapters build on."""
+"""The shared services of `make services` are running and do what the adapters rely on."""
 
 from __future__ import annotations
 

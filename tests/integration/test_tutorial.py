@@ -1,4 +1,4 @@
-"""The tutorial for projections does what it says: its code is a projection, and its commands build the view."""
+"""The tutorial for projections works: its code is a projection, and its commands build the view."""
 
 from __future__ import annotations
 

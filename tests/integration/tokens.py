@@ -1,4 +1,4 @@
-"""An authenticator for tests: each token is the name of a principal that the test made up."""
+"""An authenticator for tests: each token is the name of a principal that the test has defined."""
 
 from __future__ import annotations
 

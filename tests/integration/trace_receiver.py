@@ -1,4 +1,4 @@
-"""A receiver of spans by OTLP over HTTP: it decodes what it is sent, and keeps it for the test."""
+"""A receiver of spans by OTLP over HTTP, which decodes them and keeps them for the test."""
 
 from __future__ import annotations
 

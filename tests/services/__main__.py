@@ -1,4 +1,4 @@
-"""`python -m tests.services`: start, stop and look at the services of this checkout, or run one command on them."""
+"""`python -m tests.services`: start, stop and show the services of this checkout, or run a command on them."""
 
 from __future__ import annotations
 

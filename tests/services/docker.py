@@ -1,4 +1,4 @@
-"""The services as containers, where a Docker engine answers: `compose.yaml`, one project for each checkout."""
+"""The services as containers, if there is a Docker engine: `compose.yaml`, one project for each checkout."""
 
 from __future__ import annotations
 

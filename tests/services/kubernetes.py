@@ -1,7 +1,7 @@
-"""A real Kubernetes without machines: API server, controllers, scheduler and etcd; kwok plays the nodes and their pods.
+"""A real Kubernetes without machines: API server, controllers, scheduler and etcd; kwok simulates nodes and pods.
 
-Pods are scheduled, evicted and replaced as in any cluster, and nothing runs in them: each is ready at once, and a Job's
-has succeeded at once.
+Pods are scheduled, evicted and replaced as in any cluster, but nothing runs in them: each pod is ready at once, and the
+pods of a Job succeed at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MinIO on one folder: the S3 that is tested first."""
+"""MinIO on one folder: the main S3 for tests."""
 
 from __future__ import annotations
 

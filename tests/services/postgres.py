@@ -1,8 +1,8 @@
-"""PostgreSQL: one cluster on a loopback port, reached by TCP alone.
+"""PostgreSQL: one cluster on a loopback port, which is only reached by TCP.
 
-Its default collation is a linguistic one wherever the build has ICU, so that a column that forgot to ask for the binary
-order shows in a test. PostgreSQL refuses to run as root: then it runs as the system's `postgres` user, with its data
-below /var/tmp, because that user cannot reach into root's folders.
+Its default collation is linguistic if the build has ICU, so that tests notice a column without the binary order.
+PostgreSQL refuses to run as root: then it runs as the system's `postgres` user, with its data below /var/tmp, because
+that user cannot reach root's folders.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One server process: started detached, known by pid and start time, so that no stranger is ever signalled.
+"""One server process: started detached, and known by pid and start time, so that no other process is ever signalled.
 
-A server survives the command that started it. Whoever wants to stop it later (another process, perhaps days later)
-adopts it by `Identity`; a pid that was given to another process meanwhile does not match and is left alone.
+A server outlives the command that started it. A process that wants to stop it later (perhaps days later) adopts it by
+`Identity`; a pid that was given to another process meanwhile does not match and is left alone.
 """
 
 from __future__ import annotations

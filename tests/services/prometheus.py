@@ -1,4 +1,4 @@
-"""Prometheus that scrapes given addresses and evaluates the rules of the chart, or hastened ones."""
+"""Prometheus, which scrapes given addresses and evaluates the chart's rules, or faster ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What servers of S3 on one folder have in common: keys, an endpoint, and a page that says that they are ready."""
+"""Shared by the S3 servers on one folder: keys, an endpoint, and a page that shows that they are ready."""
 
 from __future__ import annotations
 

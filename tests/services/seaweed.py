@@ -1,4 +1,4 @@
-"""SeaweedFS on one folder: a second S3, not related to MinIO, to see that the product needs no more than S3."""
+"""SeaweedFS on one folder: a second S3, unrelated to MinIO, to check that the product only needs S3."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The one shared set of services of a checkout: `make services` starts it, `make services-stop` ends it.
+"""The one shared set of services of a checkout: `make services` starts it, `make services-stop` stops it.
 
-`var/services/` holds logs, data and `state.json` (ports, pids, keys); `var/services.env` the settings that a shell
-sources. Both are readable by their owner alone. Starting again keeps what runs and restarts what died on its own data.
+`var/services/` has logs, data and `state.json` (ports, pids, keys); `var/services.env` has the settings for a shell to
+source. Only their owner can read them. Starting again keeps running services, and restarts dead ones on their own data.
 """
 
 from __future__ import annotations

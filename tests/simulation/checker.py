@@ -1,6 +1,6 @@
-"""What must be true after each step: the invariants of the log, held against what was committed and what was answered.
+"""The invariants of the log, checked after each step against what was committed and what was answered.
 
-It reads the copies of the true leaders, below their last stable offsets, and shares no code with what decides.
+It reads the copies of the true leaders, below their last stable offsets, and shares no code with deciding.
 """
 
 from __future__ import annotations

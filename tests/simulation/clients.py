@@ -1,8 +1,8 @@
 """The clients of `confluent_kafka` that the product uses, on the model of a cluster.
 
-They keep what a real client keeps to itself: the leaders that it knows, which may be deposed; a producer's sequences;
-a consumer's position. A call blocks its simulated thread as the real one blocks. An answer may be lost on its way
-although the request was carried out, and a request that was sent twice may be carried out late.
+They have the private state of real clients: the leaders that they know, which may be deposed; a producer's sequences; a
+consumer's position. A call blocks its simulated thread as the real one blocks. An answer may get lost although the
+request was carried out, and a request that was sent twice may be carried out late.
 """
 
 from __future__ import annotations

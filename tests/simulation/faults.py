@@ -1,4 +1,4 @@
-"""What goes wrong: faults that come at random moments, each with its end."""
+"""Faults: they begin at random moments, and each has an end."""
 
 from __future__ import annotations
 

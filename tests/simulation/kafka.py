@@ -1,15 +1,15 @@
 """A model of a Kafka cluster: brokers, replicated partitions, transactions, groups. Nothing in it waits.
 
-Clients reach it through `tests.simulation.clients`; time passes by a tick and by what is in the scheduler's queue.
+Clients reach it through `tests.simulation.clients`; time advances by ticks and by the scheduler's queue.
 
-- The controller always works. A broker that it has not heard of for SESSION_SECONDS loses its leaderships. A broker
-  that is cut off from controller and peers does not know that: it goes on to answer clients as a leader, with the end
-  that it knows, and cannot get anything replicated.
-- Each replica is a list of entries of its own; followers copy those of the leader that they know, and cut off what that
-  leader does not have. The high watermark is what all in-sync replicas have.
-- Transactions are those of the protocol before KIP-890's second part (no new epoch for each transaction), checked by
-  brokers as KIP-890's first part has it: what belongs to no open transaction is refused.
-- Groups are of the classic protocol, with the cooperative assignor.
+- The controller always works. A broker that it has not heard from for SESSION_SECONDS loses its leaderships. A broker
+  that is cut off from controller and peers does not know that: it continues to answer clients as a leader, with the end
+  that it knows, and cannot replicate anything.
+- Each replica is a separate list of entries. Followers copy the entries of the leader that they know, and truncate what
+  that leader does not have. The high watermark is what all in-sync replicas have.
+- Transactions follow the protocol before KIP-890's second part (no new epoch for each transaction). Brokers check them
+  as in KIP-890's first part: records outside an open transaction are refused.
+- Groups use the classic protocol with the cooperative assignor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Named mistakes in the product that the simulation must find: each takes out what keeps a promise.
+"""Named mistakes in the product that the simulation must find: each removes what keeps a promise.
 
-A mutation replaces whole functions of the product; one that does not exist any more fails by its name.
+A mutation replaces whole functions of the product; one whose function no longer exists fails, with its name.
 """
 
 from __future__ import annotations

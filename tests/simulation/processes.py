@@ -1,4 +1,4 @@
-"""The simulated processes: gateways with the real writers, projectors with the real runner on a database in memory."""
+"""The simulated processes: gateways with real writers, and projectors with the real runner on a database in memory."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Virtual time and threads: everything that waits, waits here, and one seed decides who goes on when.
+"""Virtual time and threads: everything that waits, waits here, and one seed decides the order.
 
-A simulated thread is a greenlet. Only one runs at a time, until it waits for something: a lock, an answer of Kafka, the
-time. Whoever can go on is put into one queue, ordered by virtual time; small random delays in it decide the order of
-things that happen at the same time. Each entry of the queue that is taken out is a step.
+A simulated thread is a greenlet. Only one runs at a time, until it waits for something: a lock, an answer of Kafka, or
+the time. Threads that can continue are put into one queue, ordered by virtual time; small random delays in it decide
+the order of things that happen at the same time. Each entry taken from the queue is a step.
 
-The product starts threads and asks for the time by names of the standard library. `installed` puts the simulated ones
-in place of those names in the product's modules; the product itself does not know.
+The product starts threads and reads the time by names of the standard library. `installed` replaces those names in the
+product's modules by the simulated ones; the product does not notice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One run: a cluster, gateways, projectors, clients and faults, of one seed, for so many steps."""
+"""One run: a cluster, gateways, projectors, clients and faults, from one seed, for a number of steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients: they create packages, fill and finalize them, and repeat what they got no answer to, wherever they can."""
+"""Clients: they create packages, fill and finalize them, and repeat unanswered commands at any gateway."""
 
 from __future__ import annotations
 

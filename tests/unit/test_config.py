@@ -1,4 +1,4 @@
-"""Settings: where they come from, what is refused, and that no secret is ever shown."""
+"""Settings: their sources, refusals, and that no secret is ever shown."""
 
 from __future__ import annotations
 

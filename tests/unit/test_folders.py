@@ -1,4 +1,4 @@
-"""The folders of log, blobs and views have durable names before anything is appended: a power cut takes no log away."""
+"""The folders of log, blobs and views have durable names before any append, so that a power cut cannot lose a log."""
 
 from __future__ import annotations
 

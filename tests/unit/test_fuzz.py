@@ -1,8 +1,8 @@
-"""Every decoder takes any bytes: it gives a value or raises the error that it promises, soon and without much memory.
+"""Every decoder takes any bytes: it gives a value or a promised error, quickly and without much memory.
 
-Bytes are drawn at random, and made of valid ones (the corpus) by small changes, which come further. Every `make test`
-tries some. `make endurance` tries each decoder for ten minutes, or FUZZ_SECONDS, guided by the branches that inputs
-reach where atheris can be had (`tests/fuzz`).
+Bytes are random, or made from valid ones (the corpus) by small changes, which get further. Every `make test` tries
+some. `make endurance` tries each decoder for ten minutes, or FUZZ_SECONDS, guided by the branches that inputs reach if
+atheris is available (`tests/fuzz`).
 """
 
 from __future__ import annotations

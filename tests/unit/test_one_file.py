@@ -1,4 +1,4 @@
-"""Log and views never share a SQLite file: the views would write to the log beside its lock."""
+"""Log and views never share a SQLite file, because the views would write to the log without its lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other machines may be asked without TLS: nothing, unless a setting says so."""
+"""Which services on other machines may be used without TLS: none, unless a setting says so."""
 
 from __future__ import annotations
 

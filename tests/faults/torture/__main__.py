@@ -1,6 +1,6 @@
 """`python -m tests.faults.torture [--duration SECONDS] [--seed N]`: a round of torture; exit code 1 if a promise broke.
 
-The last line of the output is for tools; what is under way goes to standard error.
+The last line of the output is for tools; progress goes to standard error.
 """
 
 from __future__ import annotations

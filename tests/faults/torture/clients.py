@@ -1,7 +1,7 @@
-"""Producers' ways to a gateway: plain HTTP, and the client library; both go to another gateway when one fails.
+"""Producers' ways to a gateway: plain HTTP, and the client library. Both try another gateway when one fails.
 
-Every attempt carries the same command id. Nothing but pauses and other gateways stands between a command and its
-answer: whatever else comes back is for the journal.
+Every attempt of a command has the same command id. Only pauses and other gateways come between a command and its
+answer: any other answer goes into the journal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long producers waited: over all, without any fault, and while each kind of fault was there."""
+"""How long producers waited: in total, without any fault, and during each kind of fault."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The kinds of faults. Each makes one, heals it, and returns when what it took away is whole again.
+"""The kinds of faults. Each causes one, heals it, and returns when everything that it disturbed works again.
 
-A kind names what it takes away; two faults never take away the same at one time. So the system can go on all the time
-where it promises to (one broker of three, one gateway of three, one network, one store), and lose nothing where it
-cannot: with two brokers of three, or settings of the topic that it must refuse.
+A kind names the resource that it takes away; two faults never take away the same resource at one time. So the system
+can continue where it promises to (with one broker of three, one gateway of three, one network or one store missing),
+and must not lose anything where it cannot: with two brokers of three missing, or settings of the topic that it must
+refuse.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who leads which partition, and moving that to another living broker, as an operator's balancing tool does.
+"""Reads who leads which partition, and moves leaders to another living broker, as an operator's balancing tool does.
 
-The client library cannot reassign partitions, so that request is made by hand (KIP-455, Kafka protocol guide:
-AlterPartitionReassignments, key 45, version 0); it goes to any broker, which passes it to the controller.
+The client library cannot reassign partitions, so the request is encoded here (KIP-455, Kafka protocol guide:
+AlterPartitionReassignments, key 45, version 0). It may be sent to any broker, which passes it to the controller.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The oracle: what the producers were promised, held against the log as any Kafka consumer reads it, and `verify`.
+"""The oracle: compares the promises to producers with the log as any Kafka consumer reads it, and runs `verify`.
 
-Shares no code with what writes the log: a plain consumer, the schemas, and the journals.
+It shares no code with the code that writes the log: only a plain consumer, the schemas, and the journals.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Clients that behave badly on the wire: one stops in the middle of a body, another does not wait for its answer."""
+"""Badly behaved clients: one stops in the middle of a body, another does not wait for its answer."""
 
 from __future__ import annotations
 

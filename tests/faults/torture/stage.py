@@ -1,8 +1,8 @@
-"""What is tortured: brokers behind a network of our own, MinIO, PostgreSQL, gateways and all projectors.
+"""The stage of a torture: brokers behind our network, MinIO, PostgreSQL, gateways and all projectors.
 
 The first gateway reaches the brokers through the network's proxies, the others directly; brokers reach each other
-through proxies of their own. The last gateway may have a small disk for its state. A gateway or projector that
-ends although nobody ended it is noted, and started again as any supervisor would.
+through separate proxies. The last gateway may have a small disk for its state. A gateway or projector that ends without
+being told to is recorded, and restarted as any supervisor would.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The torturer's own commands: repeats of what was acknowledged, and new ones whose first answer nobody hears."""
+"""The torturer's own commands: repeats of acknowledged commands, and new ones whose first answer is dropped."""
 
 from __future__ import annotations
 

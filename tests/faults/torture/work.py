@@ -1,6 +1,7 @@
-"""What producers ask for, and what they write down of each answer before they take the next step.
+"""The requests of producers, and the journal that they write about each answer before their next step.
 
-A request is made of its few numbers alone, so that anyone who reads the journal can ask again for the very same thing.
+A request is derived only from its few numbers, so that anyone who reads the journal can send exactly the same request
+again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A process of the product whose clock can be set while it runs, as nobody can set the clock of one process alone.
+"""A process of the product whose clock can be changed while it runs, without changing other processes' clocks.
 
-`python -m tests.faults.torture.wrong_clock FILE ARGUMENT…` runs `artifact-store ARGUMENT…`. FILE says by how many
-seconds its clock is ahead (negative: behind). It is read at the start, and again after each SIGUSR1. With SAID_RELEASE
-in its environment it says that it is of that release.
+`python -m tests.faults.torture.wrong_clock FILE ARGUMENT…` runs `artifact-store ARGUMENT…`. FILE has the number of
+seconds that its clock is ahead (negative: behind). It is read at the start, and again after each SIGUSR1. With
+SAID_RELEASE in its environment, the process claims to be of that release.
 """
 
 from __future__ import annotations

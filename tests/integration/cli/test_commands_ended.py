@@ -1,4 +1,4 @@
-"""Commands that are told to end, or fail, in the middle: they end at once and leave nothing half behind."""
+"""Commands that are told to end, or fail, in the middle: they end at once and leave nothing half done."""
 
 from __future__ import annotations
 

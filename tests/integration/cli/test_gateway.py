@@ -1,4 +1,4 @@
-"""The client commands through a gateway of its own process, and how its processes end."""
+"""The client commands through a gateway in a separate process, and how the gateway's processes end."""
 
 from __future__ import annotations
 

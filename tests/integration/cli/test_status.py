@@ -1,4 +1,4 @@
-"""`artifact-store status` and `/metrics` tell of every partition who writes to it, since when, and how it took over."""
+"""`artifact-store status` and `/metrics` show every partition's writer, since when, and how it took over."""
 
 from __future__ import annotations
 

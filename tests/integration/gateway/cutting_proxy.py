@@ -1,4 +1,4 @@
-"""A way to a gateway that breaks: each connection is cut once so many bytes have gone towards the gateway."""
+"""A proxy to a gateway that cuts each connection after a given number of bytes towards the gateway."""
 
 from __future__ import annotations
 

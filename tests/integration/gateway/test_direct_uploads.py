@@ -1,4 +1,4 @@
-"""Large files straight to the store: over which line their bytes go, and what comes of a store that is out of reach."""
+"""Large files straight to the store: which connection carries their bytes, and what happens without the store."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A gateway that strangers load in every way at once takes no more memory than the operating guide says.
+"""A gateway under every kind of hostile load at once takes no more memory than the operating guide says.
 
-Slow heads, huge heads, slow bodies, idle connections, JSON that never ends, archives, uploads in several requests and
-followers that read nothing, all from one principal, for `HOSTILE_SECONDS` (a minute).
+Slow heads, huge heads, slow bodies, idle connections, endless JSON, archives, uploads in several requests and followers
+that read nothing, all from one principal, for `HOSTILE_SECONDS` (a minute).
 """
 
 from __future__ import annotations

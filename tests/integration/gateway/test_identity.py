@@ -1,4 +1,4 @@
-"""A gateway as it is started: who it takes senders for, by the files that its settings name."""
+"""A started gateway identifies senders by the files that its settings name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of 2 GiB goes in and out, and neither the gateway nor the client holds more than a small part of it."""
+"""A file of 2 GiB is uploaded and downloaded, and gateway and client only hold a small part of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What readers are told of a parked package: the mark, where there is something to show; never that it is not there."""
+"""Readers of a parked package get its mark if there is something to show, and never that it does not exist."""
 
 from __future__ import annotations
 

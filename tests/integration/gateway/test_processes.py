@@ -1,4 +1,4 @@
-"""`gateway --processes` and `serve --processes`: one address, several processes, one supervisor over them."""
+"""`gateway --processes` and `serve --processes`: one address, several processes, one supervisor."""
 
 from __future__ import annotations
 

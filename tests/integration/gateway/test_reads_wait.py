@@ -1,4 +1,4 @@
-"""Reads wait for the view, bounded: for a sequence, or, when they miss, for what the log held when the request came."""
+"""Reads wait for the view, within bounds: for a sequence or, if they find nothing, for the log's end at the request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of several packages that are sent at the same time lie in the same objects, and are otherwise as any."""
+"""Files of several packages that are sent at the same time share objects, and otherwise are like any others."""
 
 from __future__ import annotations
 

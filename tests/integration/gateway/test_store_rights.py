@@ -1,4 +1,4 @@
-"""Least privilege in the store: a gateway and the oracle work with the policies of docs/security, and not beyond."""
+"""Least privilege in the store: gateway and oracle work with the policies of docs/security, and cannot do more."""
 
 from __future__ import annotations
 

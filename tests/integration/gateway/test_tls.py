@@ -1,4 +1,4 @@
-"""TLS of a gateway, certificates of its clients, and metrics that have a listener of their own."""
+"""TLS of a gateway, client certificates, and metrics with a separate listener."""
 
 from __future__ import annotations
 

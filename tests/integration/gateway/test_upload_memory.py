@@ -1,4 +1,4 @@
-"""A gateway's memory does not grow with the uploads that are under way, nor with time (`SOAK_SECONDS`, ten minutes)."""
+"""A gateway's memory grows neither with the number of uploads nor over time (`SOAK_SECONDS`, ten minutes)."""
 
 from __future__ import annotations
 

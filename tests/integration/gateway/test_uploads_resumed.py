@@ -1,4 +1,4 @@
-"""Uploads that are cut off and go on: with a foreign tus client and ours, at another gateway, after processes died."""
+"""Interrupted uploads continue: with a foreign tus client and ours, at another gateway, after processes died."""
 
 from __future__ import annotations
 

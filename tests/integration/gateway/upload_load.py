@@ -1,9 +1,9 @@
-"""Load on a gateway from a process of its own.
+"""Load on a gateway from a separate process.
 
 Start it with `python -m tests.integration.gateway.upload_load URL PACKAGE UPLOADS BYTES`.
 
-So many uploads at a time, each of so many bytes out of a file without content, which costs this side next to nothing.
-Whoever is pushed back comes again when it was told to. Ends with exit code 0 once all are stored.
+It runs UPLOADS uploads at a time, each of BYTES bytes from an empty sparse file, which costs this side almost nothing.
+An upload that is pushed back tries again when it was told to. Ends with exit code 0 when all are stored.
 """
 
 from __future__ import annotations

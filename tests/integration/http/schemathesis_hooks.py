@@ -1,4 +1,4 @@
-"""What the generated requests leave out: following events, which never ends."""
+"""Excludes following events from the generated requests, because it never ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may call which route: every one of them is tried with every kind of token."""
+"""Access to routes: each one is tried with every kind of token."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The table of who gets what: every route, kind of event, read of a view and call of the client, by every sender.
+"""The access table: every route, kind of event, read of a view and call of the client, by every sender.
 
 Tokens are real: an issuer signs them, and the gateway checks them by a policy and a file of static tokens. A route, a
-kind of event or a call that has no row in its table here fails the test.
+kind of event or a call without a row in its table here fails the test.
 """
 
 from __future__ import annotations

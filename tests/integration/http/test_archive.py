@@ -1,4 +1,4 @@
-"""Archives over HTTP: many files in one request, all or nothing, and a whole package in one answer."""
+"""Archives over HTTP: many files in one request, all or none, and a whole package in one answer."""
 
 from __future__ import annotations
 

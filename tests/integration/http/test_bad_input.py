@@ -1,4 +1,4 @@
-"""Bad input over HTTP: each kind gets its documented status and problem type, and leaves nothing on the log."""
+"""Bad input over HTTP: each kind gets its documented status and problem type, and records nothing."""
 
 from __future__ import annotations
 

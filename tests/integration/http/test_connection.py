@@ -1,4 +1,4 @@
-"""Connections: when they end, what is answered on them, and what is known of a client that speaks no HTTP."""
+"""Connections: when they end, what they are answered, and how a client that does not speak HTTP is logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes, manifests and metadata over HTTP: ranges, conditions, negotiation, caching, and failures on the way."""
+"""Bytes, manifests and metadata over HTTP: ranges, conditions, negotiation, caching, and failures in transit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing in another's name: who may, and what the log, its readers and repeats then know of the sender."""
+"""Writing in another's name: who may do it, and how log, readers and repeats show the sender."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests that a client declares of what it sends: checked on every route that takes bytes, or refused."""
+"""Digests that a client declares: checked on every route that takes bytes, or refused."""
 
 from __future__ import annotations
 

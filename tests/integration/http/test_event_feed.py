@@ -1,4 +1,4 @@
-"""What a follower asks for: which events, from where, in which form; and how it goes on past the others."""
+"""A follower's parameters: which events, from where, in which form; and its progress past filtered events."""
 
 from __future__ import annotations
 

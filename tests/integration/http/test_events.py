@@ -1,4 +1,4 @@
-"""Events over HTTP: read to the end, followed, resumed, and let go."""
+"""Events over HTTP: read to the end, followed, resumed, and dismissed."""
 
 from __future__ import annotations
 

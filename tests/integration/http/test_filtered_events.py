@@ -1,4 +1,4 @@
-"""Events for those who may not read all of them: filtered, with positions that go on, and ended with the token."""
+"""Events for readers with limited rights: filtered, with positions that advance, and ended with the token."""
 
 from __future__ import annotations
 

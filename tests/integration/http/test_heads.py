@@ -1,4 +1,4 @@
-"""How much of requests' heads a gateway holds, finished or not, whatever comes before them on the connection."""
+"""The memory for requests' heads is bounded, finished or not, whatever precedes them on the connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a gateway takes at a time: beyond it everybody hears when to come again, and nobody keeps all others out."""
+"""A gateway's limits: everyone beyond them is told when to try again, and nobody can keep all others out."""
 
 from __future__ import annotations
 

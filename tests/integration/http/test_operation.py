@@ -1,4 +1,4 @@
-"""What operators see of a gateway: health, readiness, metrics, the log of access, the address it listens on."""
+"""An operator's view of a gateway: health, readiness, metrics, the access log, the address it listens on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document holds: requests made up from it, good and bad, are answered as it says."""
+"""The OpenAPI document is true: good and bad requests generated from it are answered as it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that ask for many bytes and do not take them: they are given up, and keep nobody and nothing meanwhile."""
+"""Clients that request many bytes and do not read them are given up, and hold up nobody and nothing meanwhile."""
 
 from __future__ import annotations
 

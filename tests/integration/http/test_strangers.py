@@ -1,7 +1,7 @@
-"""What a stranger learns: of packages that a token may not read, no more than of packages that are not there.
+"""A stranger learns no more about packages that their token may not read than about missing ones.
 
 Random policies are tried against packages of several producers and subjects. Each request is made for a package that
-the policy leaves out and for one that does not exist, and the two answers are compared byte for byte.
+the policy excludes and for one that does not exist, and the two answers are compared byte for byte.
 """
 
 from __future__ import annotations

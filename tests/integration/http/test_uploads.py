@@ -1,4 +1,4 @@
-"""Uploads in several requests over HTTP, as tus 1.0 has them: what is said, kept, refused and forgotten."""
+"""Uploads in several requests over HTTP by tus 1.0: what is answered, kept, refused and forgotten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Usage over HTTP: the totals page by page, chosen by producer and class, and the same through the client."""
+"""Usage over HTTP: the totals page by page, filtered by producer and class, and the same through the client."""
 
 from __future__ import annotations
 

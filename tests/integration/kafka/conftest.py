@@ -1,4 +1,4 @@
-"""Fixtures of the tests on Kafka: a log of their own there, a blob store in a folder, and snapshots at every close."""
+"""Fixtures of the tests on Kafka: a separate log there, a blob store in a folder, and snapshots at every close."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that is nothing but the writers of a log: `python -m tests.integration.kafka.state_process`.
+"""A process with only the writers of a log: `python -m tests.integration.kafka.state_process`.
 
 It takes over, takes some packages through their life, and prints one JSON object: how long the take-over took, what the
 state was restored from, and its resident memory in bytes. Settings come from the environment.

@@ -1,4 +1,4 @@
-"""Archives and copies of a topic on a real broker: what is kept, what goes on after an end, and what is refused."""
+"""Archives and copies of a topic on a real broker: what is kept, continued after an interruption, and refused."""
 
 from __future__ import annotations
 

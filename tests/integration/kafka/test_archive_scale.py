@@ -1,6 +1,6 @@
-"""Archives of many events: the time grows as their number does, memory does not, and a registry is restored from one.
+"""Archives of many events: time grows linearly, memory does not grow, and a registry is restored from one.
 
-`pytest -s` shows what was measured.
+`pytest -s` shows the measurements.
 """
 
 from __future__ import annotations

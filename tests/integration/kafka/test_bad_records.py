@@ -1,4 +1,4 @@
-"""A record that is no event stops its partition where people see it, and goes on once an operator has confirmed it."""
+"""A record that is not an event visibly stops its partition, which continues after an operator has confirmed it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong clocks on a real Kafka: nothing is recorded by one, and a partition that one has marked is mended."""
+"""Wrong clocks on a real Kafka: nothing is recorded with one, and a partition with a wrong time can be mended."""
 
 from __future__ import annotations
 

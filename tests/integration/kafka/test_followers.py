@@ -1,4 +1,4 @@
-"""What followers cost a gateway on Kafka: a place each, and one reader for all of them."""
+"""The cost of followers for a gateway on Kafka: a place for each, and one reader for all of them."""
 
 from __future__ import annotations
 

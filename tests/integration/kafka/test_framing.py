@@ -1,4 +1,4 @@
-"""The framing of a topic's values: chosen when the topic is made, and the same for every reader and writer."""
+"""The framing of a topic's values: chosen when the topic is created, and the same for all readers and writers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several gateways on one Kafka log: they share its partitions, forward to each other, hand over when they leave."""
+"""Several gateways on one Kafka log: they share its partitions, forward to each other, and hand over on leaving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process of its own asks who the members of a group are: what it answers, and what its end and its silence cost."""
+"""A separate process asks for the members of a group: its answers, and the cost of its end and its silence."""
 
 from __future__ import annotations
 

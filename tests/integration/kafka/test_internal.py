@@ -1,4 +1,4 @@
-"""The internal listener: who may use it, what it takes, and what a gateway says that does not own the partition."""
+"""The internal listener: who may use it, what it accepts, and the answer of a gateway that is not the owner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A large package is finalized or read back beside its partition: others go on, its own commands wait."""
+"""A large package is finalized or read back in the background: others continue, its own commands wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log that lost what it had acknowledged is not written to, whatever remembers it, until an operator accepts that."""
+"""A log that lost acknowledged events, whatever remembers them, takes no writes until an operator accepts the loss."""
 
 from __future__ import annotations
 

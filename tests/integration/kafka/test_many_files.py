@@ -1,5 +1,6 @@
-"""A package of very many files: finalized in time linear in them while a neighbour on its partition hardly waits, and
-its manifest read and verified through a gateway as `pull` does.
+"""A package of very many files: finalizing takes linear time and hardly delays a neighbour on its partition.
+
+Its manifest is read and verified through a gateway as `pull` does it.
 """
 
 from __future__ import annotations

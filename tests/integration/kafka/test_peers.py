@@ -1,4 +1,4 @@
-"""Gateways among each other: who is admitted, and what a rogue member of the writers' group gets."""
+"""Gateways among each other: who is admitted, and what a rogue member of the writers' group can get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The positions in the answers to writes: whoever begins there at another gateway gets what came after the write."""
+"""Positions in answers to writes: a reader that begins there at another gateway gets all later events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events that name a principal beside the actor, on Kafka: written by any gateway, once every process can read them."""
+"""Events with a principal on Kafka: written by any gateway, once every process can read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of the log a reader holds whose caller takes one event and then nothing."""
+"""How much of the log a reader buffers when its caller takes one event and then nothing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Least privilege on Kafka: each process works with the rights of docs/security and not beyond, as a broker sees it.
+"""Least privilege on Kafka: each process works with the rights of docs/security and cannot do more.
 
-The broker takes the product by SASL_SSL alone; the plain listener is for the broker itself and the test's own admin.
+The broker accepts the product only by SASL_SSL; the plain listener is for the broker itself and the test's own admin.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the settings of a Kafka log may say, and that nothing secret in them is shown."""
+"""The settings of a Kafka log: accepted values, and no secret is ever shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A writer that takes over goes on from its file, from a snapshot or from the log, whichever can be trusted."""
+"""A writer that takes over restores its state from its file, a snapshot or the log, whichever can be trusted."""
 
 from __future__ import annotations
 

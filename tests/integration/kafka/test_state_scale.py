@@ -1,4 +1,4 @@
-"""A partition with a million events behind it: how soon a writer serves it, and how much memory it holds."""
+"""A partition with a million events: how soon a writer serves it, and how much memory it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hand-overs within a projection's group on Kafka: who has partitions, and from when on."""
+"""Hand-overs within a projection's group on Kafka: who has which partitions, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The topic of the Kafka log: how it is made, and what the start-up guard refuses, naming what mends it."""
+"""The topic of the Kafka log: how it is created, and what the start-up guard refuses, with the mending command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard: a log that is not the one that a view was folded from is refused, and nothing resets by itself."""
+"""The guard: a view refuses any log but the one that it was folded from, and is never reset automatically."""
 
 from __future__ import annotations
 

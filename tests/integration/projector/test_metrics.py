@@ -1,4 +1,4 @@
-"""A projector's metrics: what it folded, what is left, what is parked and what stopped, in Prometheus' text format."""
+"""A projector's metrics in Prometheus' text format: what it folded, what is left, parked or stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parked packages: one that cannot be followed stands aside, the others go on, and a retry brings it back."""
+"""Parked packages: one that cannot be followed is set aside, the others continue, and a retry brings it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`projector --processes`: what the command does when it is told to end, and when nothing can be projected."""
+"""`projector --processes` when it is told to end, and when nothing can be projected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rebuild: a view that is built anew beside the live one, which is read and folded on meanwhile, and then replaced."""
+"""Rebuild: a view is built beside the live one, which is still read and folded, and then replaces it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a live table has from people and from the server, and what of it the table has that takes its place."""
+"""What a table inherits from the live table that it replaces: owners, rights and comments."""
 
 from __future__ import annotations
 

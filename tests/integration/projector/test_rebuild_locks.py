@@ -1,4 +1,4 @@
-"""Locks around a rebuild and a reset: who waits for whom when a view is replaced, and who must not."""
+"""Locks around a rebuild and a reset: who waits for whom when a view is replaced, and who never waits."""
 
 from __future__ import annotations
 

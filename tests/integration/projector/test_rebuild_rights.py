@@ -1,4 +1,4 @@
-"""Who owned the tables, and who might read them, still does and may after a replay."""
+"""Owners and readers of the tables keep their rights after a replay."""
 
 from __future__ import annotations
 

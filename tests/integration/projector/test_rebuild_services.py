@@ -1,4 +1,4 @@
-"""A rebuild on Kafka and PostgreSQL, loaded by several processes, of which one is killed."""
+"""A rebuild on Kafka and PostgreSQL, loaded by several processes, one of which is killed."""
 
 from __future__ import annotations
 

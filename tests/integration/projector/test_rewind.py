@@ -1,4 +1,4 @@
-"""Resets on Kafka: a projector's group that is reset as a whole folds again; anything else leaves the view alone."""
+"""Resets on Kafka: resetting a projector's whole group folds the view again; any other change leaves it alone."""
 
 from __future__ import annotations
 

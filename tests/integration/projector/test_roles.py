@@ -1,4 +1,4 @@
-"""Least privilege in PostgreSQL: each process works as its role of docs/security, by TLS, and does nothing beyond."""
+"""Least privilege in PostgreSQL: each process works over TLS with its role of docs/security, and cannot do more."""
 
 from __future__ import annotations
 

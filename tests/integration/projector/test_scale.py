@@ -1,4 +1,4 @@
-"""Ten times the events: catching up and rebuilding keep at least nine tenths of their ratio to ready-made rows."""
+"""With ten times the events, catching up and rebuilding keep nine tenths of their ratio to ready-made rows."""
 
 from __future__ import annotations
 

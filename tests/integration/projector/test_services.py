@@ -1,4 +1,4 @@
-"""The projector on real services: a PostgreSQL that is killed, frozen and restarted under it, and Kafka as the log."""
+"""The projector on real services: its PostgreSQL is killed, frozen and restarted, and Kafka is the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A projector in trouble that others can mend: it is shown, nothing is skipped, and what mends it needs no restart."""
+"""A projector in trouble that others can mend: it is shown, nothing is skipped, and no restart is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scenario through the command line: every operation is a process that is started and has ended."""
+"""The scenario through the command line: every operation is a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scenario needs of an interface, and the refusals that each interface must give in its own way."""
+"""The operations of an interface that the scenario needs, and the form of its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scenario through HTTP, by the documented requests alone: no code of the client library."""
+"""The scenario through HTTP, only by the documented requests: no code of the client library."""
 
 from __future__ import annotations
 

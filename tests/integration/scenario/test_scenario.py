@@ -1,6 +1,6 @@
 """The main job from beginning to end, and every refusal, through each interface on both sets of adapters.
 
-One suite: a driver hides only how an interface is spoken to, and the tests say what must come of it.
+There is one suite: a driver only hides how an interface is called, and the tests say what must be the result.
 """
 
 from __future__ import annotations

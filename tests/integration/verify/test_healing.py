@@ -1,6 +1,6 @@
 """One blob deleted, one damaged: `verify --bytes` names both, and pushing the same files again heals both.
 
-For files that lie alone and for files that lie packed, on folders, MinIO and SeaweedFS.
+For files with separate blobs and for packed files, on folders, MinIO and SeaweedFS.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The oracle's memory does not depend on how long the log is, nor on how many packages, files and blobs it names.
+"""The oracle's memory does not depend on the length of the log or on its packages, files and blobs.
 
-Measured in a process of its own: the most that was resident while it verified a log that is made as it is read.
+Measured in a separate process: its peak resident memory while it verifies a log that is generated as it is read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The oracle finds every kind of damage that it knows, and nothing where there is none."""
+"""The oracle finds every kind of damage in its list, and nothing in undamaged data."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A process of receivers: healthy ones, which note how late each event comes, and some that fail or hang.
+"""A process of receivers: healthy ones, which record how late each event arrives, and some that fail or hang.
 
     python -m tests.integration.webhooks.crowd
 
-Prints its port. `POST /healthy/NUMBER` accepts, `/fails` answers 500, `/hangs` never answers; `GET /delays` gives the
-delays in µs since the last time it was asked, of healthy receivers with numbers from `first` on.
+Prints its port. `POST /healthy/NUMBER` accepts, `/fails` answers 500, `/hangs` never answers. `GET /delays` gives the
+delays in µs since the previous `GET /delays`, of healthy receivers with numbers from `first` on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A receiver of webhooks that checks each signature with the specification's own library, and answers as it is told."""
+"""A receiver of webhooks that checks each signature with the specification's library, and answers as instructed."""
 
 from __future__ import annotations
 

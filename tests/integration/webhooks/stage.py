@@ -1,4 +1,4 @@
-"""A gateway with a deliverer beside it, on the parts of a test, and packages to tell of."""
+"""A gateway with a deliverer on the parts of a test, and packages whose events it delivers."""
 
 from __future__ import annotations
 

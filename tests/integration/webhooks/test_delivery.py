@@ -1,4 +1,4 @@
-"""Webhooks: each event once and in order per package, signed, over restarts and rebuilds, at the owner's command."""
+"""Webhooks: each event once and in order per package, signed, across restarts and rebuilds and owners' commands."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Receivers that fail, hang, lie, redirect, move to a private address, answer late and come back.
 
-Every event arrives in order per package, nothing is sent to where it must not go, honest receivers notice nothing, and
+Every event arrives in order per package, nothing is sent to a forbidden address, honest receivers notice nothing, and
 nothing arrives again after a restart and a rebuild.
 """
 

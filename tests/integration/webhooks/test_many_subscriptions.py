@@ -1,4 +1,4 @@
-"""A thousand subscriptions, of which a hundred are down: the others get their events as early as ever."""
+"""A thousand subscriptions, a hundred of them down: the others get their events as early as before."""
 
 from __future__ import annotations
 

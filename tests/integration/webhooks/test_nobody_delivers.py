@@ -1,4 +1,4 @@
-"""Webhooks that nobody delivers are seen, and a process that cannot read the log leaves them to one that can."""
+"""Undelivered webhooks are noticed, and a process that cannot read the log leaves them to one that can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owners at work: subscriptions from Python and the command line, and rights that follow tokens and the policy."""
+"""Owners: subscriptions from Python and the command line, and rights that follow tokens and the policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the deliverer saves, and that a database which is slow or breaks off costs it neither its place nor a repeat."""
+"""The deliverer's saved progress: a slow or failing database causes neither a lost place nor a repeat."""
 
 from __future__ import annotations
 

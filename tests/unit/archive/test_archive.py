@@ -1,4 +1,4 @@
-"""Archives of a log: what they hold, what an import makes of them, and what is refused with nothing written."""
+"""Archives of a log: their contents, importing them, and refusals with nothing written."""
 
 from __future__ import annotations
 

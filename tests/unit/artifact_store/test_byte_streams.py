@@ -1,4 +1,4 @@
-"""File objects as streams: none is cut where it only has nothing as yet."""
+"""File objects as streams: none is truncated where it only has no bytes yet."""
 
 from __future__ import annotations
 

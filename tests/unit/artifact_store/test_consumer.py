@@ -1,4 +1,4 @@
-"""A durable consumer: every event is handled once, whatever ends it, by a position in the program's own transaction."""
+"""A durable consumer: each event is handled once, because its position is in the program's own transaction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relative paths: what is taken, and which rule each other path breaks."""
+"""Relative paths: which are accepted, and which rule each other path breaks."""
 
 from __future__ import annotations
 

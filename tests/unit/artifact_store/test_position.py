@@ -1,4 +1,4 @@
-"""Positions: their text is one to one, says nothing false, and anything else is refused."""
+"""Positions: each has exactly one text, which is correct, and any other text is refused."""
 
 from __future__ import annotations
 

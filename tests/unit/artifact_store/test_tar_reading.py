@@ -1,4 +1,4 @@
-"""An archive is taken whole or refused with its entry named; what can be understood in two ways is refused."""
+"""An archive is accepted whole, or refused with its entry named, also if it can be understood in two ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of blobs in memory: what is read from the store, how often, and what is kept."""
+"""Blocks of blobs in memory: which are read from the store, how often, and which are kept."""
 
 from __future__ import annotations
 

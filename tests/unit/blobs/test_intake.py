@@ -1,4 +1,4 @@
-"""What comes in is counted, hashed and checked, however it is cut."""
+"""Incoming bytes are counted, hashed and checked, however they are split."""
 
 from __future__ import annotations
 

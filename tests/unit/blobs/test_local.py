@@ -1,4 +1,4 @@
-"""What only the local store has to get right: durability in order, and a file system that fails."""
+"""The local store's own duties: durability in the right order, and a failing file system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The budget of memory is never exceeded, is fair, and comes back whole."""
+"""The budget of memory is never exceeded, is fair, and is returned completely."""
 
 from __future__ import annotations
 

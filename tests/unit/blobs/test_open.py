@@ -1,4 +1,4 @@
-"""A blobs URL names a store, or is refused with the forms that are accepted."""
+"""A blobs URL names a store, or is refused with the accepted forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A body that trickles in is given up while others wait for what it holds, and only then."""
+"""A slow body is given up while others wait for the memory that it holds, and only then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packs: what is put together lies where both ends expect it, in memory that does not grow with the bundle."""
+"""Packs: files lie where both ends expect them, in memory that does not grow with the bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of an S3 store that a healthy one does not give: full, overloaded, moved, and failed under status 200."""
+"""Unusual answers of an S3 store: full, overloaded, moved, and failed with status 200."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long an S3 store that accepts requests and answers none makes its callers wait."""
+"""How long callers wait for an S3 store that accepts requests but does not answer."""
 
 from __future__ import annotations
 

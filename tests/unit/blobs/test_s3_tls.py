@@ -1,4 +1,4 @@
-"""What is said of an S3 store with which no TLS connection can be made."""
+"""The error for an S3 store with which TLS cannot be established."""
 
 from __future__ import annotations
 

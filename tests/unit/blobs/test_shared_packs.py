@@ -1,4 +1,4 @@
-"""Small bodies that are there at the same time share an object, and otherwise have nothing to do with each other."""
+"""Small bodies that arrive at the same time share an object, but are otherwise independent."""
 
 from __future__ import annotations
 

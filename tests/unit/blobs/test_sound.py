@@ -1,4 +1,4 @@
-"""A reader gets the right bytes from wherever they lie, or an error before the end; never others."""
+"""A reader gets the right bytes from any location, or an error before the end; never wrong bytes."""
 
 from __future__ import annotations
 

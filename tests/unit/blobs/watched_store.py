@@ -1,4 +1,4 @@
-"""A store of blobs that tells a test what is read of it."""
+"""A blob store that reports to a test what is read from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line in the test's own process, in a folder of its own."""
+"""The command line in the test's process, in a separate folder."""
 
 from __future__ import annotations
 

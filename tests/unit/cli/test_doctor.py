@@ -1,4 +1,4 @@
-"""What `doctor` and `status` see of an installation, and what `migrate` says of views that do not belong to the log."""
+"""The view of `doctor` and `status` on an installation, and the report of `migrate` on views of another log."""
 
 from __future__ import annotations
 

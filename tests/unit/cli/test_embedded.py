@@ -1,4 +1,4 @@
-"""The commands on the embedded parts: JSON shapes, exit codes, and that results and remarks go separate ways."""
+"""The commands on the embedded parts: JSON shapes, exit codes, and separate streams for results and remarks."""
 
 from __future__ import annotations
 

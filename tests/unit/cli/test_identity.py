@@ -1,4 +1,4 @@
-"""`tokens`, `policy` and what `doctor` says of who may ask."""
+"""`tokens`, `policy` and the part of `doctor` about identity."""
 
 from __future__ import annotations
 

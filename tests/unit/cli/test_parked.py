@@ -1,4 +1,4 @@
-"""`artifact-store parked` on the embedded parts: what is listed, what is shown, and bringing a package back."""
+"""`artifact-store parked` on the embedded parts: listing, showing, and bringing a package back."""
 
 from __future__ import annotations
 

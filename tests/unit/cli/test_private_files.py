@@ -1,4 +1,4 @@
-"""Modes of files: ours are for their owner alone, whatever the umask; pulled files have those of the umask."""
+"""Modes of files: only their owner can read ours, whatever the umask; pulled files follow the umask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`replay` on the command line: comparing, what is kept after a difference, and what shows a build that was left."""
+"""`replay` on the command line: comparing, what is kept after a difference, and how a left-over build is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No secret of the settings is shown: not by failing commands, in logs, in texts of objects, or in the process list."""
+"""No secret of the settings is shown by failing commands, in logs, in texts of objects, or in the process list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that are started without standard input, output or error, as some schedulers do, and as `2>&-` does."""
+"""Commands without standard input, output or error, as some schedulers start them, and as `2>&-` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of strangers do nothing to a terminal: control and bidirectional characters are shown by their codes."""
+"""Foreign names cannot control a terminal: control and bidirectional characters are shown by their codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line takes, how quickly it starts, and what it answers to wrong usage."""
+"""The command line's arguments, how quickly it starts, and its answers to wrong usage."""
 
 from __future__ import annotations
 

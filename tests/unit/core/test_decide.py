@@ -1,4 +1,4 @@
-"""Each rule of decide on its own: what is rejected, with which words, and what a retry or a torn command gets."""
+"""Each rule of `decide`: what is rejected with which words, and the answers to retries and torn commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decide and evolve against a model simple enough to be seen right: thousands of random command sequences."""
+"""decide and evolve against a model that is simple enough to be obviously right: thousands of random sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may write: the rights of a command's sender are checked where it is decided, before all else."""
+"""Rights to write: `decide` checks the rights of a command's sender before anything else."""
 
 from __future__ import annotations
 

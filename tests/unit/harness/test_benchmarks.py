@@ -1,4 +1,4 @@
-"""The benchmarks' harness: both ways by turns, the first round uncounted, medians, and what is written down."""
+"""The benchmarks' harness: both ways in turn, the first round not counted, medians, and the written results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network of the fault tests does what they take for granted, shown with a broker that only echoes."""
+"""The network of the fault tests does what they rely on, shown with a broker that only echoes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ports that tests give out: no process of a test run can be given those of another."""
+"""The ports that tests give out: no process of a test run can get a port of another."""
 
 from __future__ import annotations
 

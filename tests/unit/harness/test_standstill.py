@@ -1,4 +1,4 @@
-"""The measure of what a machine takes from a product in time counts late ticks after the moment, and nothing else."""
+"""The measure of the time that a machine takes from a product counts late ticks after the start, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The torture's own comparison of promises with the log notices every way in which the log could break one."""
+"""The torture's comparison of promises with the log notices every way in which the log could break one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit stream: what it holds, and that it neither slows nor stops anything."""
+"""The audit stream: its contents, and that it neither slows nor stops anything."""
 
 from __future__ import annotations
 

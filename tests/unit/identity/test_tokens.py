@@ -1,4 +1,4 @@
-"""Who asks: tokens of an issuer and static ones, each bad one refused, and what is remembered of good ones."""
+"""Authentication: tokens of an issuer and static ones, each bad one refused, and the cache of good ones."""
 
 from __future__ import annotations
 

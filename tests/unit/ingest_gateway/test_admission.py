@@ -1,4 +1,4 @@
-"""Places and room of a gateway: who gets them, what comes back, and what the system's own limits leave."""
+"""Places and room of a gateway: who gets them, their return, and the limits of the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which hosts and origins are let in: a page of a stranger must not send to a gateway of this machine."""
+"""Which hosts and origins are allowed: a stranger's page must not send to a gateway of this machine."""
 
 from __future__ import annotations
 

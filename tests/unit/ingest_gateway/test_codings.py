@@ -1,4 +1,4 @@
-"""Compressed bodies are decoded however they are cut, and cost no more than they hold."""
+"""Compressed bodies are decoded however they are split, at a cost that is bounded by their contents."""
 
 from __future__ import annotations
 

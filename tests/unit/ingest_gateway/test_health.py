@@ -1,4 +1,4 @@
-"""What a gateway's log says of components that do not work."""
+"""A gateway's log lines about components that do not work."""
 
 from __future__ import annotations
 

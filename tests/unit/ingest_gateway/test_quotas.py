@@ -1,4 +1,4 @@
-"""Quotas: what one principal may add in an hour, and that others and the process do not suffer for it."""
+"""Quotas: what one principal may add in an hour, without harm to others or the process."""
 
 from __future__ import annotations
 

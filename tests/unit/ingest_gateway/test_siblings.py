@@ -1,4 +1,4 @@
-"""What a gateway of several processes shows of all of them, and where each of them listens for the others."""
+"""The metrics of a gateway of several processes, and where each process listens for the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gateway sweeps its blob store again and again, one sweep at a time, whatever becomes of one of them."""
+"""A gateway sweeps its blob store regularly, one sweep at a time, even if one fails."""
 
 from __future__ import annotations
 

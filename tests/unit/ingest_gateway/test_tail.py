@@ -1,4 +1,4 @@
-"""The tail that a gateway's followers share: each event once and in order, however slow, from wherever."""
+"""The tail that a gateway's followers share: each event once and in order, however slow, from any position."""
 
 from __future__ import annotations
 

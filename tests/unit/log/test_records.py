@@ -1,4 +1,4 @@
-"""What a record of the log is, and what an operator's confirmation that one is no event covers."""
+"""Records of the log, and what an operator's confirmation that one is not an event covers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compose.yaml` opens nothing to the network, holds no secret, and is given every variable that it leaves open."""
+"""`compose.yaml` opens nothing to the network, has no secret, and sets every variable that it leaves open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the guides point at is there, so that nobody follows them to a file or a name that has moved."""
+"""The guides' links work, so that nobody follows them to a file or name that has moved."""
 
 from __future__ import annotations
 

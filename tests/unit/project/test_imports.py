@@ -1,4 +1,4 @@
-"""Dependencies point one way, as the table of docs/architecture.md has them, and the core does no I/O."""
+"""Dependencies point one way, as in the table of docs/architecture.md, and the core does no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue of metrics in the documents is the one that the code gives."""
+"""The catalogue of metrics in the documents matches the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python names that programs outside are written against: leaving one out or renaming it breaks them."""
+"""The Python names that outside programs use: removing or renaming one breaks them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a projector holds at a time: bounded by bytes, whatever the size of the events."""
+"""How much a projector holds at a time: bounded by bytes, whatever the size of the events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes that load a view: their errors arrive as what they are, and so does that there is no process."""
+"""The processes that load a view: their errors arrive in their own class, also if a process cannot be started."""
 
 from __future__ import annotations
 

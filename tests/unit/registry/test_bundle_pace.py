@@ -1,4 +1,4 @@
-"""A bundle that trickles in gives its turn to one that waits, and leaves nothing that anybody names."""
+"""A slow bundle gives its turn to one that waits, and leaves nothing that an event names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles share one budget of memory, and what is read of packs takes few requests whatever the order."""
+"""Bundles share one budget of memory, and reading packs takes few requests in any order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the position in an answer to a write, everything is read that came after the write, whatever the log answers."""
+"""From the position in an answer to a write, all later events are read, whatever the log answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store's clock is known from its answers: within a second and their way, and from then on whatever our own does."""
+"""A store's clock is known from its answers, within a second and their delay, and unaffected by our clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that collects garbage rarely still collects it."""
+"""A process that rarely collects garbage still collects it."""
 
 from __future__ import annotations
 

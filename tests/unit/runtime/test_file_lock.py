@@ -1,4 +1,4 @@
-"""File locks exclude each other, and are free once their holder has given them back."""
+"""File locks exclude each other, and are free after their holder has released them."""
 
 from __future__ import annotations
 

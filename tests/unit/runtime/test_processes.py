@@ -1,4 +1,4 @@
-"""Processes that are watched over: told to end, started again when they die, and given up by the rule."""
+"""Watched processes: told to end, restarted when they die, and given up by the rule."""
 
 from __future__ import annotations
 

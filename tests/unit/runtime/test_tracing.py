@@ -1,4 +1,4 @@
-"""Whether a process makes spans goes by OTEL_* alone, and no failure of them is more than a line in the log."""
+"""Only OTEL_* decides whether a process makes spans, and their failures are no more than a line in the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The event catalogue in the documents is the one that the schemas give."""
+"""The event catalogue in the documents matches the schemas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading `v1.file.ingested` field by field gives what the general codec gives, and never more than it."""
+"""Reading `v1.file.ingested` field by field gives the same as the general codec, and never accepts more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was released stays readable: every schema ever released, and bytes that were written with each.
+"""Everything released stays readable: every released schema, and bytes that were written with each.
 
 A file in `golden/` is never changed; a new version of an event adds files.
 """

@@ -1,4 +1,4 @@
-"""What the write path computes by a shorter way is what the plain way gives, for every input."""
+"""The faster ways of the write path give the same as the plain ways, for every input."""
 
 from __future__ import annotations
 

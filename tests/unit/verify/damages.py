@@ -1,6 +1,6 @@
-"""Ways of damage to events and blobs that the oracle knows, each of which one check alone is meant to catch.
+"""Damage to events and blobs that the oracle must find, each by exactly one check.
 
-Those of views and of the embedded log's file are in `test_damage.py`, which sees them all caught.
+Damage to views and to the embedded log's file is in `test_damage.py`, which checks that all are found.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the oracle does about damaged blobs: names files, keeps what is good, sets the rest aside, sees what healed."""
+"""The oracle and damaged blobs: it names files, keeps what is intact, sets the rest aside, and notices healing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle catches every way of damage that it knows, by the check that is meant for it, and nothing else.
+"""The oracle finds every kind of damage in its list by the check that is meant for it, and nothing else.
 
 A check without a damage fails here, and so does one that is not in docs/verify.md.
 """

@@ -1,4 +1,4 @@
-"""Whatever the core makes of commands, the oracle finds nothing wrong with it, and builds the same manifest."""
+"""The oracle finds nothing wrong with any events of the core, and builds the same manifests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle's notes hold whatever an event can say, and tell when there is no room for them."""
+"""The oracle's notes can hold any values of events, and report when there is no room for them."""
 
 from __future__ import annotations
 

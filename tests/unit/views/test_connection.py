@@ -1,4 +1,4 @@
-"""Closing a connection to views on SQLite: after a cancellation too it ends, and leaves no lock behind."""
+"""Closing a connection to views on SQLite always ends, even after a cancellation, and leaves no lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a database driver raises becomes an error that says what to do; a mistake of our own passes unchanged."""
+"""Errors of database drivers become errors that say what to do; bugs of our own pass unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folds and their guard, on SQLite: what one batch does, what is refused, and that nothing else moves."""
+"""The folds and their guard on SQLite: the effect of a batch, refusals, and that nothing else changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However the packages of a log lie between each other over partitions and batches, the view is the same."""
+"""The view is the same however a log's packages are interleaved over partitions and batches."""
 
 from __future__ import annotations
 

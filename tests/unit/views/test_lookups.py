@@ -1,4 +1,4 @@
-"""Questions that share a transaction: who gets which answer, and how many are asked."""
+"""Lookups that share a query: which caller gets which answer, and how many ids are asked for."""
 
 from __future__ import annotations
 

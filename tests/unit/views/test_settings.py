@@ -1,4 +1,4 @@
-"""A views URL that the database's driver cannot use is a setting to mend, whenever the driver notices."""
+"""A views URL that the driver cannot use is reported as a setting to mend, whenever the driver notices."""
 
 from __future__ import annotations
 

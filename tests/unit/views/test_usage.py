@@ -1,4 +1,4 @@
-"""The usage projection: what is counted, under which day, and that nothing is counted twice."""
+"""The usage projection: what is counted on which day, and nothing twice."""
 
 from __future__ import annotations
 

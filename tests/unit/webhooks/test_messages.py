@@ -1,4 +1,4 @@
-"""Messages: signatures that the specification's own library accepts, with one secret or two."""
+"""Messages: the specification's own library accepts their signatures, with one secret or two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One subscription's outbox: what a failing package holds back, and what goes on without it."""
+"""One subscription's outbox: what a failing package holds back, and what continues without it."""
 
 from __future__ import annotations
 

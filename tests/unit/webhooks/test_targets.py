@@ -1,4 +1,4 @@
-"""Where webhooks may go: which addresses and URLs are refused, whatever form they take."""
+"""Targets of webhooks: which addresses and URLs are refused, whatever their form."""
 
 from __future__ import annotations
 

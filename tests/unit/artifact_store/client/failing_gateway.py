@@ -1,4 +1,4 @@
-"""A gateway for tests of the client that fails on purpose: each request is recorded and answered as the test says."""
+"""A gateway that fails on purpose, for tests of the client: it records each request and answers as told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of a gateway that records what a stream sends, for scripts of `failing_gateway`."""
+"""Answers of a gateway that records the requests of a stream, for scripts of `failing_gateway`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the client sends is sent again only where it can be read again, whole, and never recorded as other bytes."""
+"""Bodies are sent again only if they can be read again, whole, and are never recorded as other bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles over HTTP: a lost connection costs what was under way and no more; an archive that lies is found out."""
+"""Bundles over HTTP: a lost connection costs only what was in flight, and an archive that lies is noticed."""
 
 from __future__ import annotations
 

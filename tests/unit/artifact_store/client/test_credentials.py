@@ -1,4 +1,4 @@
-"""What a client proves itself by: where it comes from, where it is sent, and where it is never seen."""
+"""A client's credentials: where they come from, where they are sent, and where they are never shown."""
 
 from __future__ import annotations
 

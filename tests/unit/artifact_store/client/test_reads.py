@@ -1,4 +1,4 @@
-"""What the client reads: whole files are checked, lost connections taken up again, own writes waited for."""
+"""The client's reads: whole files are checked, lost connections are resumed, own writes are waited for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A spool keeps what was added over crashes and failures, sends it under the ids that it had, and refuses damage."""
+"""A spool keeps added files across crashes and failures, sends them with their old ids, and refuses damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stream bundles what is added, acknowledges in order, holds a bounded number of bytes, and tells of every file."""
+"""A stream bundles files, acknowledges them in order, holds a bounded number of bytes, and reports every file."""
 
 from __future__ import annotations
 

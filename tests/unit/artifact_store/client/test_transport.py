@@ -1,4 +1,4 @@
-"""Where a gateway can be, and what is said of connections and answers that do not come in time."""
+"""Valid URLs of a gateway, and the errors for connections and answers that do not come in time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `pull` writes: nothing outside its folder, nothing under a name before it is right, no file over another."""
+"""The files that `pull` writes: none outside its folder, none named before it is complete, none over another."""
 
 from __future__ import annotations
 

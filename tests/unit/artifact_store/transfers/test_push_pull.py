@@ -1,4 +1,4 @@
-"""A tree comes back as it went in; what fails can be run again; a manifest that lies writes nothing out of place."""
+"""A tree comes back as it was; a failed transfer can be run again; a lying manifest writes nothing out of place."""
 
 from __future__ import annotations
 

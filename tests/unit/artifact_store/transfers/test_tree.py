@@ -1,4 +1,4 @@
-"""What may be pushed from a folder, what is refused before anything is created, and what states of pushes keep."""
+"""What a push accepts from a folder, what it refuses before anything is created, and what its state keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Kafka client library logs reaches an operator once, not once a client and a second."""
+"""Messages of the Kafka client library reach an operator once, not once for each client and second."""
 
 from __future__ import annotations
 

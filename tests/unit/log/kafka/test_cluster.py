@@ -1,4 +1,4 @@
-"""Who is believed when brokers disagree about where a partition ends: the newest leader that any of them knows of."""
+"""Which broker is believed about a partition's end: the one with the newest leader that any broker knows of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The group's thread: a process that has no room for a client or a thread for a moment is a member again later."""
+"""The group's thread: a process without resources for a client or a thread becomes a member again later."""
 
 from __future__ import annotations
 

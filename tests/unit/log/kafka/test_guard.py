@@ -1,4 +1,4 @@
-"""The guard of running writers: what stops them, what lets them go on, and what neither does."""
+"""The guard of running writers: what stops them, what lets them continue, and what does neither."""
 
 from __future__ import annotations
 

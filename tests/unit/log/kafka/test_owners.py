@@ -1,4 +1,4 @@
-"""Who owns a partition is asked once for all who want to know, whatever comes of it."""
+"""A partition's owner is asked for once for all callers, whatever the outcome."""
 
 from __future__ import annotations
 

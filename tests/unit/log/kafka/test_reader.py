@@ -1,4 +1,4 @@
-"""What a reader of given partitions says when the broker answers an error in place of a record."""
+"""A reader of given partitions when the broker answers with an error instead of a record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeking a partition's writer: a command that one may have recorded gets no answer that says it is not."""
+"""Routing: a command that a writer may have recorded is never answered as not recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schemas in a registry, and the framing that carries its ids."""
+"""The schemas in a registry, and the framing with its ids."""
 
 from __future__ import annotations
 

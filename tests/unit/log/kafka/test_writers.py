@@ -1,4 +1,4 @@
-"""The writers of a process: which of them are in its table, whatever begins or ends at the same time."""
+"""The writers of a process: which are in its table, whatever begins or ends at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Background jobs: what was found beside the partition is used only if it still holds when the writer comes to it."""
+"""Background jobs: their results are used only if they still hold when the writer gets to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests of a partition that are not answered in time are told so, by one timer for all of them."""
+"""Requests of a partition without an answer in time get an error, by one timer for all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fair lock: one writer at a time, in the order in which they came, and passed on whatever happens."""
+"""The fair lock: one writer at a time, in the order of arrival, and passed on whatever happens."""
 
 from __future__ import annotations
 

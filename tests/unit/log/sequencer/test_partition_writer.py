@@ -1,4 +1,4 @@
-"""A partition's writer tells what waits for it, and who looks after it, how it is, whatever its thread waits for."""
+"""A partition's writer reports its state to waiting callers and supervisors, whatever its thread waits for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The queue of one partition: what shares a transaction, and what waits for whom."""
+"""The queue of one partition: which requests share a transaction, and which wait for which."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Take-overs that fail: how long a process tries before it leaves its partitions to others, and what it shows."""
+"""Failing take-overs: how long a process tries before it leaves its partitions to others, and what it shows."""
 
 from __future__ import annotations
 

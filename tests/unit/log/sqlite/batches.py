@@ -1,4 +1,4 @@
-"""Batches on the embedded log as its sequencer appends them, without its thread."""
+"""Appends batches to the embedded log as its sequencer does, without its thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which package states the embedded log's writer keeps: what is dear to read again is not read again and again."""
+"""Which package states the embedded log's writer keeps: expensive ones are not read again and again."""
 
 from __future__ import annotations
 

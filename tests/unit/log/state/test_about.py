@@ -1,4 +1,4 @@
-"""What a state file says of itself: where it stands, and the time behind which no event may be."""
+"""A state file keeps its position and the time that no later event may precede, and a changed bit is noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which losses an operator's acceptance covers, and that a state remembers what was accepted."""
+"""Which losses an operator's acceptance covers, and that a state remembers the acceptance."""
 
 from __future__ import annotations
 

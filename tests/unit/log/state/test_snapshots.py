@@ -1,4 +1,4 @@
-"""Snapshots: what others left among them, and what goes wrong with one, stands in the way of no partition."""
+"""Snapshots: foreign objects among them, and failures of one, never keep a partition from working."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State files: what is not a whole state of this partition is noticed, and a file that is held is not waited for."""
+"""State files: an incomplete or foreign state is noticed, and a locked file is not waited for."""
 
 from __future__ import annotations
 

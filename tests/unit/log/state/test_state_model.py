@@ -1,4 +1,4 @@
-"""A writer's state gives the same answers whether it lies in memory or in its file, whatever happens in between.
+"""A writer's state gives the same answers from memory and from its file, whatever happens in between.
 
 The model is a dictionary of package states that were folded from the whole log; the state under test saves, forgets,
 crashes and opens its file again at random.
