@@ -116,8 +116,8 @@ class DeliveryMetrics:
         )
         self.subscriptions = Gauge(
             "artifact_store_webhook_subscriptions",
-            "Subscriptions by state: `served`, `behind` the newest events, or `idle` (paused, disabled, or without "
-            "rights)",
+            "Subscriptions by state: `served`, `failing` (the receiver has refused an event three times in a row), "
+            "`behind` the newest events, or `idle` (paused, disabled, or without rights)",
             ("state",),
             registry=registry,
         )
@@ -254,6 +254,8 @@ class _Lead:
         self._warn = warn
         self._origins = Origins(lambda ids: find_origins(ids, queries, log))
         self._outboxes: dict[UUID, Outbox] = {}
+        self._failing: set[UUID] = set()
+        """Subscriptions of whose receivers the log says that they fail."""
         self._joined: set[Outbox] = set()
         self._reading: dict[Outbox, asyncio.Task[None]] = {}
         self._readers = asyncio.Semaphore(_READERS)
@@ -402,15 +404,30 @@ class _Lead:
         outbox.set_rights(self._grants_of(outbox.subscription.basis))
 
     def _show(self) -> None:
-        served = sum(outbox.is_active() and not outbox.behind.is_set() for outbox in self._outboxes.values())
-        active = sum(outbox.is_active() for outbox in self._outboxes.values())
+        active = {name: outbox for name, outbox in self._outboxes.items() if outbox.is_active()}
+        failing = {name: outbox.failing for name, outbox in active.items() if outbox.failing is not None}
+        self._say_who_fails(failing)
+        behind = sum(outbox.behind.is_set() for name, outbox in active.items() if name not in failing)
         for state, count in (
-            ("served", served),
-            ("behind", active - served),
-            ("idle", len(self._outboxes) - active),
+            ("served", len(active) - len(failing) - behind),
+            ("failing", len(failing)),
+            ("behind", behind),
+            ("idle", len(self._outboxes) - len(active)),
         ):
             self._metrics.subscriptions.labels(state).set(count)
         self._metrics.parked.set(sum(outbox.parked for outbox in self._outboxes.values()))
+
+    def _say_who_fails(self, failing: Mapping[UUID, str | None]) -> None:
+        """Log a line when a receiver begins to fail, and one when it has taken what it refused."""
+        for name in failing.keys() - self._failing:
+            logger.warning(
+                "subscription %s: its receiver refuses events: %s; they are sent again until it takes them, and "
+                "`artifact-store subscriptions deliveries` shows each attempt",
+                *(name, failing[name]),
+            )
+        for name in self._failing - failing.keys():
+            logger.info("subscription %s: no event waits for its receiver to work again", name)
+        self._failing = set(failing)
 
     # Events.
 

@@ -40,6 +40,10 @@ _READ_AGAIN_SECONDS = 10.0
 _MAX_CAUSE = 500
 
 
+_OFTEN = 3
+"""How often in a row an event is refused, about 15 s with the usual pauses, before its receiver counts as failing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """How one subscription is served. The defaults fit receivers on the internet."""
@@ -225,6 +229,12 @@ class Outbox:
     def parked(self) -> int:
         """How many packages are parked."""
         return sum(held.row.parked for held in self._held.values())
+
+    @property
+    def failing(self) -> str | None:
+        """Why the receiver does not take an event that was sent several times; None while there is no such event."""
+        failed = (self._held[package_id].row for package_id in self._failed)
+        return next((row.cause for row in failed if row.attempts >= _OFTEN), None)
 
     @property
     def reading(self) -> Position:

@@ -12,7 +12,7 @@ from uuid import UUID
 from services.config import Settings
 from services.core.access import EVERYTHING
 from services.registry.direct import DirectRegistry
-from services.webhooks.deliverer import Deliverer, GrantsOf
+from services.webhooks.deliverer import Deliverer, DeliveryMetrics, GrantsOf
 from services.webhooks.outbox import Policy
 from services.webhooks.targets import Lookup, Targets
 from services.wiring import is_embedded
@@ -106,11 +106,12 @@ async def delivering(
     allowed: tuple[str, ...] = LOOPBACK,
     timeout_seconds: float = 5.0,
     look_up: Lookup | None = None,
+    metrics: DeliveryMetrics | None = None,
 ) -> AsyncIterator[None]:
     """A deliverer for the length of the block, which ends as the process does when it is told to."""
     parts, stop = stage.gateway.parts, asyncio.Event()
     async with Targets(allowed, timeout_seconds=timeout_seconds, look_up=look_up) as targets:
-        deliverer = Deliverer(parts.log, parts.views, targets, grants_of, policy=policy)
+        deliverer = Deliverer(parts.log, parts.views, targets, grants_of, policy=policy, metrics=metrics)
         running = asyncio.create_task(deliverer.run(stop))
         try:
             yield

@@ -7,15 +7,19 @@ from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
+import pytest
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from artifact_store.position import Position
 from projector import replay
 from services.config import Settings
 from services.core.access import Grant, Packages, Right
 from services.runtime.clock import system_clock
+from services.webhooks.deliverer import DeliveryMetrics
 from services.webhooks.subscriptions import Subscriptions
-from tests.integration.webhooks.receiver import Received, receiving
+from tests.integration.conditions import until
+from tests.integration.webhooks.receiver import SECONDS, Received, receiving
 from tests.integration.webhooks.stage import QUICK, delivering, stage
 
 
@@ -34,8 +38,14 @@ async def test_a_subscription_gets_every_event_as_a_signed_cloud_event(settings:
     assert first.headers["webhook-id"] == first.event["id"]
 
 
-async def test_a_package_whose_event_fails_waits_alone_and_goes_on_in_order(embedded_settings: Settings) -> None:
-    failing = asyncio.Event()
+async def test_a_package_whose_event_fails_waits_alone_and_goes_on_in_order(
+    embedded_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    shown, failing = CollectorRegistry(), asyncio.Event()
+
+    async def shows(state: str) -> bool:
+        return shown.get_sample_value("artifact_store_webhook_subscriptions", {"state": state}) == 1
 
     async with stage(embedded_settings) as on, receiving() as receiver:
         poisoned = await on.registry.create_package("poisoned", "ci", "main", "scratch")
@@ -46,8 +56,9 @@ async def test_a_package_whose_event_fails_waits_alone_and_goes_on_in_order(embe
 
         receiver.behave = behave
         await on.subscribe(receiver, since=str(Position((await on.gateway.parts.log.end()).log, {})))
-        async with delivering(on):
-            await receiver.has_tried(2)
+        async with delivering(on, metrics=DeliveryMetrics(shown)):
+            await until(partial(shows, "failing"), SECONDS, "nothing says that the receiver fails")
+            assert "its receiver refuses events: the receiver answered 503" in caplog.text
             await on.registry.ingest_file(poisoned, "a", "x/y", b"1")
             sound = await on.publish(files=2)
             await receiver.has(4)
@@ -56,6 +67,9 @@ async def test_a_package_whose_event_fails_waits_alone_and_goes_on_in_order(embe
             await receiver.has(6)
             await on.registry.finalize_package(poisoned)
             await receiver.has(7)
+            await until(partial(shows, "served"), SECONDS, "nothing says that the receiver works")
+            assert "no event waits for its receiver" in caplog.text
+            assert caplog.text.count("its receiver refuses events") == 1
     assert receiver.sequences()[str(poisoned)] == [1, 2, 3]
 
 
