@@ -121,14 +121,21 @@ def decode(data: bytes) -> Manifest:
         return Manifest(
             manifest_version=raw["manifest_version"],
             package=ManifestPackage(**package),
-            files=tuple(ManifestFile(**{**f, "file_id": UUID(f["file_id"])}) for f in raw["files"]),
+            files=tuple([ManifestFile(**f) for f in _with_ids(raw["files"], "file_id")]),
             storage_receipts=tuple(
-                ManifestReceipt(**{**r, "file_id": UUID(r["file_id"]), "location_id": UUID(r["location_id"])})
-                for r in raw["storage_receipts"]
+                [ManifestReceipt(**r) for r in _with_ids(raw["storage_receipts"], "file_id", "location_id")]
             ),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, cbor2.CBORDecodeError) as error:
         raise CorruptError(f"the manifest cannot be read: {type(error).__name__}") from error
+
+
+def _with_ids(entries: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """The entries, in which the texts under these names have become identifiers."""
+    for name in names:
+        for entry in entries:
+            entry[name] = UUID(entry[name])
+    return entries
 
 
 def to_json(cbor: bytes) -> bytes:
