@@ -361,6 +361,7 @@ class _Sender:
         self._state = state
         self._told = told
         self._turns = asyncio.Semaphore(_BATCHES_AT_ONCE)
+        self._first_read: asyncio.Event | None = None
 
     async def send(self, item: Batch | TreeFile) -> int:
         """Send it and return the sequence of its last event."""
@@ -374,7 +375,7 @@ class _Sender:
             raise CommandReusedError(f"{what} is not what the interrupted push has sent") from None
 
     async def _send_batch(self, batch: Batch) -> int:
-        held = await to_its_end(partial(hold, batch))
+        held = await self._read(batch)
         command = self._state.command_id(batch.step)
         done = await self._name(held.pack, held.named, command)
         if done is None:
@@ -387,6 +388,20 @@ class _Sender:
             self._told.advance(sent.stamp.size_bytes)
             self._told.finish_file()
         return done.sequence
+
+    async def _read(self, batch: Batch) -> Held:
+        """Read the files, the first batch alone, so that it can go while the others are read.
+
+        Threads that read at the same time share Python's lock, and all of them would be done late.
+        """
+        if self._first_read is None:
+            self._first_read = asyncio.Event()
+            try:
+                return await to_its_end(partial(hold, batch))
+            finally:
+                self._first_read.set()
+        await self._first_read.wait()
+        return await to_its_end(partial(hold, batch))
 
     async def _send_file(self, file: TreeFile) -> int:
         path, size = file.relative_path, file.stamp.size_bytes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -24,7 +26,7 @@ from artifact_store.errors import (
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Declared, File, Page
 from artifact_store.registry import Registry
-from artifact_store.transfers.push import FEWEST_FILES, PushState
+from artifact_store.transfers.push import FEWEST_FILES, Batch, Held, PushState, hold
 from services.config import Settings
 from services.core import decide
 from services.registry import open_registry
@@ -381,6 +383,24 @@ async def test_small_files_go_in_bundles_and_come_back(registry: Registry, tmp_p
 
 
 @pytest.mark.slow
+async def test_the_first_batch_is_read_alone_so_that_it_can_go_at_once(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = many(tmp_path / "tree", 2_500)
+    calls, another, beside_first = count(), threading.Event(), []
+
+    def watched(batch: Batch) -> Held:
+        if next(calls):
+            another.set()
+        else:
+            beside_first.append(another.wait(0.1))
+        return hold(batch)
+
+    monkeypatch.setattr("artifact_store.transfers.push.hold", watched)
+    assert (await pushed(registry, tmp_path / "tree")).files == len(files)
+    assert (beside_first, another.is_set()) == ([False], True)
+
+
 async def test_the_same_tree_again_moves_no_bytes(registry: Registry, tmp_path: Path) -> None:
     files = many(tmp_path / "tree")
     await pushed(registry, tmp_path / "tree")
