@@ -1,7 +1,7 @@
-"""The answers that pushes and pulls read, made into the domain's objects without the models of `shapes.py`.
+"""Parses the answers that pushes and pulls read into the domain's objects, without the models of `shapes.py`.
 
-Loading pydantic and building its models takes a command longer than reading all of its answers. Everything raises
-CorruptError when an answer has another shape. Fields that are not known are ignored.
+Loading pydantic and building its models takes longer than reading all answers of a command. All functions raise
+CorruptError if an answer has another shape. Unknown fields are ignored.
 """
 
 from __future__ import annotations

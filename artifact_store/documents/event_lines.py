@@ -1,7 +1,7 @@
 """An event as one line of JSON, in both directions.
 
-Digests are hex, a manifest is base64, metadata is the JSON object that its JCS text stands for, times are RFC 3339.
-Reading continues from `position`.
+Digests are hex, a manifest is base64, metadata is the JSON object of its JCS text, times are RFC 3339. Reading
+continues from `position`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from artifact_store.position import Position
 
 
 class PackageCreatedPayload(Answer):
-    """What `v1.package.created` says. `retention_days` null: for ever."""
+    """The payload of `v1.package.created`. `retention_days` null means for ever."""
 
     name: str
     producer: str
@@ -61,7 +61,7 @@ class ReceiptShape(Answer):
 
 
 class FileIngestedPayload(Answer):
-    """What `v1.file.ingested` says."""
+    """The payload of `v1.file.ingested`."""
 
     file_id: UUID
     relative_path: str
@@ -93,7 +93,7 @@ class FileIngestedPayload(Answer):
 
 
 class PackageFinalizedPayload(Answer):
-    """What `v1.package.finalized` says: the manifest in canonical CBOR, or the key of the blob that holds it."""
+    """The payload of `v1.package.finalized`: the manifest in canonical CBOR, or the key of the blob that holds it."""
 
     manifest: Base64Bytes | None
     manifest_key: str | None
@@ -149,12 +149,12 @@ _ADAPTER: TypeAdapter[PackageCreatedEvent | FileIngestedEvent | PackageFinalized
 
 
 def event_line(event: RecordedEvent) -> bytes:
-    """The event as one line of JSON, without the line's end."""
+    """The event as one line of JSON, without the newline."""
     return line_of(event_head(event), str(event.position))
 
 
 def line_of(head: bytes, position: str) -> bytes:
-    """The event's line, from its head and the text of the position after it."""
+    """The event's line, made of its head and the text of the position after it."""
     return b'%b%b"}' % (head, position.encode())
 
 
@@ -162,12 +162,12 @@ _POSITION_LINE = b'{"type":"position","position":"'
 
 
 def position_line(position: str) -> bytes:
-    """The line of a position that a reader has come to without an event, without the line's end."""
+    """The line for a position that a reader has reached without an event, without the newline."""
     return b'%b%b"}' % (_POSITION_LINE, position.encode())
 
 
 def position_in(line: bytes) -> Position | None:
-    """The position of such a line; None for the line of an event. Raises CorruptError when there is none."""
+    """The position in such a line; None for the line of an event. Raises CorruptError if it cannot be read."""
     if not line.startswith(_POSITION_LINE):
         return None
     try:
@@ -177,9 +177,9 @@ def position_in(line: bytes) -> Position | None:
 
 
 def event_head(event: Event, *, manifest: bool = True) -> bytes:
-    """The line up to its position, which differs between followers. Uses plain dictionaries, which are fast.
+    """The line up to the position, which differs between followers. Uses plain dictionaries, which are fast.
 
-    Without `manifest`, a manifest that the event holds is left out.
+    Without `manifest`, the event's manifest is left out.
     """
     shape = {
         "type": event.event_type,
@@ -201,17 +201,17 @@ def event_head(event: Event, *, manifest: bool = True) -> bytes:
 
 
 def event_heads(event: Event) -> tuple[bytes, bytes]:
-    """The head with the manifest that the event holds, and the head without it. The event is encoded once."""
+    """The head with the event's manifest, and the head without it. The event is encoded once."""
     lean = event_head(event, manifest=False)
     payload = event.payload
     if not isinstance(payload, PackageFinalized) or payload.manifest is None:
         return lean, lean
-    # No text in JSON contains this, since its quotation marks would be escaped there.
+    # No text in JSON contains this, because its quotation marks would be escaped.
     return lean.replace(b'"manifest":null', b'"manifest":"%b"' % base64.b64encode(payload.manifest), 1), lean
 
 
 def parse_event(line: bytes | str) -> RecordedEvent:
-    """Read such a line. Raises CorruptError when it is no event that this version knows."""
+    """Parse such a line. Raises CorruptError if it is not an event that this version knows."""
     try:
         shape = _ADAPTER.validate_json(line)
         if shape.type != type_with(shape.type, shape.principal):

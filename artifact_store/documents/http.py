@@ -1,4 +1,4 @@
-"""What HTTP requests carry outside their bodies: header names, digests in headers, paths and identifiers in URLs.
+"""The parts of HTTP requests outside their bodies: header names, digests in headers, paths and identifiers in URLs.
 
 Digests follow RFC 9530 and RFC 1864. A path is quoted once and read back exactly once (RFC 3986 §2.4).
 """
@@ -25,7 +25,7 @@ RETRY_AFTER = "Retry-After"
 LAST_EVENT_ID = "Last-Event-ID"
 REQUEST_ID = "X-Request-Id"
 LOG_END = "X-Log-End"
-"""The header of the position at which the log ended when the request came."""
+"""The header with the position of the log's end when the request came."""
 
 TAR = "application/x-tar"
 
@@ -57,12 +57,12 @@ def repr_digest(sha256: bytes) -> str:
 
 
 def parse_digests(name: str) -> Callable[[str], dict[str, bytes]]:
-    """A reader for the header of this name. It returns the declared digests by algorithm, of those in HASHES.
+    """A parser for the header with this name. It returns the declared digests by algorithm, for algorithms in HASHES.
 
     Other algorithms are ignored beside one of these, as RFC 9530 §2 allows. Alone they are refused, so that nobody
     believes that the bytes were checked. If a key comes twice, the last one counts (RFC 9651 §3.2).
 
-    The reader raises InvalidRequestError when the value is no dictionary of byte sequences, a digest has the wrong
+    The parser raises InvalidRequestError if the value is not a dictionary of byte sequences, a digest has the wrong
     length, or no algorithm is known.
     """
 
@@ -100,14 +100,14 @@ def _digest(what: str, text: str, length: int) -> bytes:
 
 
 def quoted(relative_path: str) -> str:
-    """The path as it stands in a URL: everything but separators and unreserved characters is percent-encoded."""
+    """The path in the form for a URL: everything except separators and unreserved characters is percent-encoded."""
     return quote(relative_path, safe="/")
 
 
 def unquoted(raw: str) -> str:
-    """The relative path that a raw part of a request target stands for, decoded exactly once.
+    """The relative path in a raw part of a request target, decoded exactly once.
 
-    `raw` may hold undecoded bytes as surrogate escapes. This checks the encoding only, not the rules of paths.
+    `raw` may contain undecoded bytes as surrogate escapes. This only checks the encoding, not the rules for paths.
 
     Raises:
         InvalidPathError: an encoded separator, a broken percent-encoding, or bytes that are not UTF-8.

@@ -1,4 +1,4 @@
-"""Problem details (RFC 9457): how an error becomes `application/problem+json`, and how it is read back."""
+"""Problem details (RFC 9457): converts errors to `application/problem+json` and back."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class Problem(BaseModel):
 
 
 def problem(status: int, name: str, detail: str, **more: object) -> Problem:
-    """A problem of this status and name; the title is the name in words."""
+    """A problem with this status and name; the title is the name in words."""
     title = name.replace("-", " ").capitalize()
-    detail = detail.encode("utf-8", "backslashreplace").decode()  # it may quote what came from outside
+    detail = detail.encode("utf-8", "backslashreplace").decode()  # it may quote text from outside
     return Problem.model_validate(
         {"type": TYPE_PREFIX + name, "title": title, "status": status, "detail": detail, **more}
     )
@@ -90,13 +90,13 @@ def problem_of(error: ArtifactStoreError) -> Problem:
 
 
 def error_of(found: Problem) -> ArtifactStoreError:
-    """The error of this problem, in the same class. Of an unknown kind, a class that says what to do next."""
+    """The error in this problem, in its own class. For an unknown kind, a class that says what to do next."""
     kind = _BY_NAME.get(found.name)
     if kind is RangeNotSatisfiableError:
         return RangeNotSatisfiableError(found.detail, found.size or 0)
     if kind is PushBackError or found.status == 429:
         return PushBackError(found.detail, 1.0 if found.retry_after is None else found.retry_after)
-    if kind is None and found.status == 408:  # the sender was silent for too long, and may continue
+    if kind is None and found.status == 408:  # the sender was silent for too long, but may continue
         kind = UnavailableError
     if kind is None:
         kind = RejectedError if found.status < 500 else UnavailableError if found.status > 500 else ArtifactStoreError
@@ -106,7 +106,7 @@ def error_of(found: Problem) -> ArtifactStoreError:
 
 
 def _facts(found: Problem) -> dict[str, str | int]:
-    """The facts that `problem_of` took from the error."""
+    """The facts that `problem_of` copied from the error."""
     facts: dict[str, str | int] = {
         name: value for name in ("package_id", "manifest_digest") if (value := getattr(found, name)) is not None
     }
@@ -142,13 +142,13 @@ _BY_STATUS: Mapping[int, type[ArtifactStoreError]] = {
 
 
 def error_of_answer(status: int, answer_headers: Mapping[str, str], body: bytes) -> ArtifactStoreError:
-    """The error that an answer of the gateway stands for.
+    """The error in an answer of the gateway.
 
-    Its `retry_after` is what the answer asks for. An UnavailableError gets 0 when the answer asks for nothing.
+    Its `retry_after` is the pause that the answer asks for. An UnavailableError gets 0 if the answer asks for none.
     """
     try:
         error = error_of(Problem.model_validate_json(body))
-    except ValidationError:  # an answer of `/readyz`, or something between the client and the gateway answered
+    except ValidationError:  # an answer of `/readyz`, or of something between the client and the gateway
         error = _by_status(status, answer_headers, body)
     pause = retry_after(answer_headers.get(http.RETRY_AFTER))
     if isinstance(error, PushBackError) and pause is not None:
@@ -164,7 +164,7 @@ class _Part(BaseModel):
 
 
 class _Readiness(BaseModel):
-    """As `/readyz` answers."""
+    """The answer of `/readyz`."""
 
     status: str
     parts: Mapping[str, _Part]
@@ -186,7 +186,7 @@ def _by_status(status: int, answer_headers: Mapping[str, str], body: bytes) -> A
 
 
 def retry_after(text: str | None) -> float | None:
-    """Seconds to wait by `Retry-After` (RFC 9110 §10.2.3: seconds, or a date); None when it is absent or broken."""
+    """The seconds to wait in `Retry-After` (RFC 9110 §10.2.3: seconds, or a date); None if it is absent or invalid."""
     if text is None:
         return None
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text):
@@ -198,6 +198,6 @@ def retry_after(text: str | None) -> float | None:
 
 
 def _whole_size(content_range: str | None) -> int:
-    """The length in `Content-Range: bytes */N` (RFC 9110 §14.4), 0 when it is not said."""
+    """The length in `Content-Range: bytes */N` (RFC 9110 §14.4); 0 if it is not given."""
     unit, _, size = (content_range or "").partition("/")
     return (unit == "bytes *" and parse_number(size)) or 0

@@ -1,7 +1,7 @@
-"""Resumable uploads by tus 1.0 (https://tus.io/protocols/resumable-upload): its headers, and our JSON beside them.
+"""Resumable uploads by tus 1.0 (https://tus.io/protocols/resumable-upload): its headers, and our additional JSON.
 
-tus itself does not say what became of an upload. GET does, with an `UploadAnswer`. Nor does it know of parts that go
-straight to the blob store: those are sent to addresses that the gateway signs, in exchange for a `DirectPartsRequest`.
+tus has no request for the result of an upload; here GET returns it, as an `UploadAnswer`. tus also has no parts that
+are sent straight to the blob store; here the gateway signs addresses for them, in answer to a `DirectPartsRequest`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UPLOAD_METADATA = "Upload-Metadata"
 UPLOAD_CHECKSUM = "Upload-Checksum"
 UPLOAD_EXPIRES = "Upload-Expires"
 UPLOAD_DIRECT = "Upload-Direct"
-"""Ours: how large the parts are that may be sent straight to the blob store. Absent where that is not possible."""
+"""Our own header: the size of parts that may be sent straight to the blob store. Absent if that is not possible."""
 
 METHOD_OVERRIDE = "X-HTTP-Method-Override"
 
@@ -67,21 +67,21 @@ Number = Annotated[int, Field(ge=1, le=100_000_000)]
 
 
 class WantedPart(Request):
-    """A part that is to be sent straight to the store: its length and checksum, which its address is signed for."""
+    """A part to be sent straight to the store: its length and checksum, for which its address is signed."""
 
     length: Size
     crc32: Crc32
 
 
 class SentPart(WantedPart):
-    """A part that the store has taken, with the `ETag` of its answer."""
+    """A part that the store has accepted, with the `ETag` of its answer."""
 
     number: Number
     etag: str = Field(min_length=1, max_length=128, pattern=r"^[ -~]+$")
 
 
 class DirectPartsRequest(Request):
-    """Parts that were sent, from `offset` on, and those behind them that are to be sent next."""
+    """Parts that were sent, from `offset` on, and those after them that are to be sent next."""
 
     offset: Size
     sent: list[SentPart] = Field(default_factory=list, max_length=MAX_DIRECT_PARTS)
@@ -97,19 +97,19 @@ class DirectPartAnswer(Answer):
 
 
 class DirectPartsAnswer(Answer):
-    """An address for each wanted part, in their order; none where the rest has to come through the gateway."""
+    """An address for each wanted part, in their order; none if the rest must be sent through the gateway."""
 
     offset: Size = Field(description="Bytes that are recorded as sent")
     parts: list[DirectPartAnswer]
 
 
 def encode_metadata(values: Mapping[str, str]) -> str:
-    """`Upload-Metadata` of these values."""
+    """The value of `Upload-Metadata` for these values."""
     return ",".join(f"{key} {base64.b64encode(value.encode()).decode()}" for key, value in values.items())
 
 
 def decode_metadata(text: str) -> dict[str, str]:
-    """The values of `Upload-Metadata`. Raises InvalidRequestError when it is malformed or names a key twice."""
+    """The values in `Upload-Metadata`. Raises InvalidRequestError if it is malformed or has a key twice."""
     found: dict[str, str] = {}
     for pair in text.split(","):
         match = _PAIR.fullmatch(pair.strip(" "))
@@ -126,7 +126,7 @@ def decode_metadata(text: str) -> dict[str, str]:
 
 
 def parse_checksum(text: str) -> tuple[str, bytes]:
-    """Algorithm and raw digest of `Upload-Checksum`. Raises InvalidRequestError."""
+    """Algorithm and raw digest in `Upload-Checksum`. Raises InvalidRequestError."""
     algorithm, _, digest = text.partition(" ")
     try:
         return algorithm, base64.b64decode(digest, validate=True)

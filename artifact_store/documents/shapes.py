@@ -1,9 +1,8 @@
-"""JSON shapes of requests and answers, and how they become the domain's own objects and back.
+"""JSON shapes of requests and answers, and their conversion to the domain's own objects and back.
 
 Both sides use them: the gateway writes answers with `of`, the client reads them with `model_validate_json` and `to_…`,
-but for those of `answers.py`.
-Digests and addresses are text, times RFC 3339 (`documents/times.py`). Requests refuse unknown fields. Answers may gain
-fields, so a reader ignores those that it does not know.
+except for the answers that `answers.py` reads. Digests and addresses are text, times are RFC 3339
+(`documents/times.py`). Requests refuse unknown fields. Answers may gain fields, so readers ignore unknown ones.
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ class FileIngestedAnswer(Answer):
 
     @classmethod
     def json_of(cls, done: Acknowledgement) -> bytes:
-        """The JSON of `of`, without the way over the shape: it is the answer that is sent most often."""
+        """The JSON of `of`, made without the shape, because it is the most frequent answer."""
         (file,) = done.files
         position = _json_of_position(done)
         return f'{{"package_id":"{done.package_id}",{_json_of_file(file)},"position":{position}}}'.encode()
@@ -165,7 +164,7 @@ class PackageFinalizedAnswer(Answer):
 
     @classmethod
     def of(cls, done: Acknowledgement) -> Self:
-        """The answer that this acknowledgement becomes. Raises CorruptError when it names no manifest."""
+        """The answer that this acknowledgement becomes. Raises CorruptError if it has no manifest."""
         if done.manifest_digest is None:
             raise CorruptError("a package was finalized without a manifest")
         return cls(
@@ -189,7 +188,7 @@ class ParkedAnswer(Answer):
 
 
 class PackageAnswer(Answer):
-    """A package as the view has it."""
+    """A package as the view shows it."""
 
     package_id: UUID
     name: str
@@ -224,7 +223,7 @@ class PackageAnswer(Answer):
 
 
 class FileAnswer(Answer):
-    """A file as the view has it."""
+    """A file as the view shows it."""
 
     file_id: UUID
     package_id: UUID
@@ -250,7 +249,7 @@ class FileAnswer(Answer):
         )
 
     def to_file(self) -> File:
-        """The file again."""
+        """The file in this answer."""
         return File(
             file_id=self.file_id,
             package_id=self.package_id,
@@ -264,7 +263,7 @@ class FileAnswer(Answer):
 
 
 class UsageAnswer(Answer):
-    """What came in from one producer under one retention class on one day."""
+    """The total of one producer, retention class and day."""
 
     producer: str
     retention_class: str
@@ -286,7 +285,7 @@ class UsageAnswer(Answer):
         )
 
     def to_total(self) -> UsageTotal:
-        """The total again."""
+        """The total in this answer."""
         day = times.day_from_text(self.day)
         return UsageTotal(self.producer, self.retention_class, day, self.packages, self.files, self.bytes)
 
@@ -347,7 +346,7 @@ class NamedFileRequest(Request):
 
     @classmethod
     def of(cls, file: NamedFile) -> Self:
-        """How this file is named."""
+        """The request that names this file."""
         return cls(
             relative_path=file.relative_path,
             media_type=file.media_type,

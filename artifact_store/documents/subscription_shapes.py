@@ -1,4 +1,4 @@
-"""JSON shapes of subscriptions: what owners ask for, what they get, and the log of deliveries."""
+"""JSON shapes of subscriptions: requests of owners, answers to them, and the log of deliveries."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Filters(Request):
         )
 
     def to_filter(self) -> EventFilter:
-        """The filter again."""
+        """The filter in this request."""
         return EventFilter(
             None if self.package_id is None else UUID(self.package_id),
             producers=frozenset(self.producer),
@@ -116,13 +116,13 @@ class SubscriptionPageAnswer(Answer):
 
 
 class SubscribedAnswer(SubscriptionAnswer):
-    """A new subscription with the secret that its messages are signed with, which is shown this one time."""
+    """A new subscription with the secret that signs its messages, which is shown only now."""
 
     secret: str
 
 
 class SecretAnswer(Answer):
-    """The new secret. Until `previous_until`, messages are signed with the one before as well."""
+    """The new secret. Until `previous_until`, messages are signed with the previous one as well."""
 
     subscription_id: UUID
     secret: str
@@ -130,7 +130,7 @@ class SecretAnswer(Answer):
 
 
 class OrderedAnswer(Answer):
-    """Something will be sent. The deliveries show what came of it; a test's has this `event_id`."""
+    """Something will be sent. The deliveries show the result; that of a test has this `event_id`."""
 
     subscription_id: UUID
     event_id: UUID | None = None
@@ -138,7 +138,7 @@ class OrderedAnswer(Answer):
 
 
 class DeliveryShape(Answer):
-    """One attempt. `answer` is the beginning of the receiver's body, null where it lies in a private network."""
+    """One attempt. `answer` is the beginning of the receiver's body; null if the receiver is in a private network."""
 
     number: int
     kind: Literal["event", "repeat", "test"]

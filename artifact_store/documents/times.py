@@ -10,17 +10,17 @@ _FIRST_DAY = date(1970, 1, 1)
 
 
 def to_text(micros: int) -> str:
-    """`2026-01-31T12:00:00.000001Z` of a time in µs since 1970, UTC."""
+    """The text (`2026-01-31T12:00:00.000001Z`) of a time in µs since 1970, UTC."""
     return (_EPOCH + timedelta(microseconds=micros)).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def of_datetime(moment: datetime) -> str:
-    """The same of an aware time."""
+    """The text of an aware time."""
     return to_text((moment - _EPOCH) // _MICROSECOND)
 
 
 def from_text(text: str) -> int:
-    """µs since 1970 of such a text, exactly. Raises ValueError."""
+    """The time in such a text, exactly, in µs since 1970. Raises ValueError."""
     time = datetime.fromisoformat(text)
     if time.tzinfo is None:
         raise ValueError("a time needs its offset from UTC")
@@ -28,7 +28,7 @@ def from_text(text: str) -> int:
 
 
 def day_to_text(day: int) -> str:
-    """`2026-01-31` of a day that is counted from 1970-01-01."""
+    """The text (`2026-01-31`) of a day that is counted from 1970-01-01."""
     return (_FIRST_DAY + timedelta(days=day)).isoformat()
 
 

@@ -12,33 +12,33 @@ DEFAULT_CONCURRENCY = 16
 
 
 class TransferProgress(Protocol):
-    """What a push or pull reports, from the event loop's thread."""
+    """The progress of a push or pull. Called in the event loop's thread."""
 
     def expect(self, files: int, size_bytes: int) -> None:
-        """What there is to transfer. Called once, before the first transfer."""
+        """Report how much there is to transfer. Called once, before the first transfer."""
 
     def advance(self, size_bytes: int) -> None:
-        """How many more bytes were transferred; negative when some have to be sent again."""
+        """Report how many more bytes were transferred; negative if some must be sent again."""
 
     def finish_file(self) -> None:
-        """Another file is done."""
+        """Report that another file is done."""
 
 
 class NoProgress:
     """Reports nothing."""
 
     def expect(self, files: int, size_bytes: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advance(self, size_bytes: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish_file(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 async def at_once(items: Iterable[Item], concurrency: int, work: Callable[[Item], Awaitable[None]]) -> None:
-    """Do `work` on every item, at most `concurrency` at a time, begun in order.
+    """Do `work` on every item, at most `concurrency` at a time, started in order.
 
     Returns when all are done. The first exception cancels the others, waits for them to end, and is raised.
     """

@@ -1,11 +1,11 @@
-"""Pull: a finalized package becomes files in a folder, every byte checked against its manifest.
+"""Pull: writes a finalized package as files into a folder, with every byte checked against its manifest.
 
 The manifest is checked against the package's content address, and each file against the manifest; a file that fails
-never gets its name. Equal files that are already there stay, so an interrupted pull can be run again.
+the check never gets its name. Equal files that exist already are kept, so an interrupted pull can be run again.
 
 Every name in a package counts as hostile. Folders are opened one segment at a time, relative to the folder above and
 without following links (openat(2), O_NOFOLLOW), so nothing is written outside, whatever changes meanwhile. A file has a
-temporary name until it is whole. Nothing is forced to the disk (fsync(2)): after a power failure a file may be empty.
+temporary name until it is complete. Files are not synced (fsync(2)): after a power failure a file may be empty.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _logger = logging.getLogger(__name__)
 _MOST_CONFLICTS_SHOWN = 10
 
 _RENAMED = ".file"
-"""The suffix of a file whose path other files need as a folder."""
+"""The suffix for a file whose path other files need as a folder."""
 
 READ_BY_PROGRAMS = frozenset(
     {
@@ -65,16 +65,16 @@ READ_BY_PROGRAMS = frozenset(
         *(".ssh", ".profile", ".bashrc", ".bash_profile", ".zshenv", ".zshrc", ".gitconfig"),
     }
 )
-"""Names of files that programs read by themselves, and that can make them run commands.
+"""Names of files that programs read without being asked, and that can make them run commands.
 
 Files that people run on purpose (`Makefile`, `package.json`, scripts) are not included.
 """
 
 _WORTH_STREAMING = 4
-"""Use a stream only if at least every fourth of its files is wanted."""
+"""Use a stream only if at least one in this many of its files is wanted."""
 
 _WRITING_AT_ONCE = 6
-"""Groups of small files, of about 1 MiB each: on some file systems, creating a file is mostly waiting."""
+"""How many groups of small files, of about 1 MiB each, are written at a time: creating a file may be mostly waiting."""
 
 _WRITTEN_AT_ONCE_BYTES = 64 * 1024
 """Writing a chunk of up to this size takes less time than handing it to a thread."""
@@ -97,23 +97,23 @@ class Destination:
         self._renamed = renamed or {}
         self._placed = _Placed()
         self._name = uuid4().hex
-        self._numbers = count()  # asking it for the next one is safe in threads
+        self._numbers = count()  # taking the next number is thread-safe
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the folder."""
         os.close(self._root)
 
     def holds(self, relative_path: str, size_bytes: int, digest: bytes, given_up: Event) -> bool | None:
-        """Whether the file that is there has this length and BLAKE3 (32 raw bytes); None when there is none.
+        """Whether the existing file has this length and BLAKE3 (32 raw bytes); None if there is no file.
 
-        One that has is kept: no other file of the package replaces it. False as well once it is `given_up`.
-        Raises ConflictError: something is there that is no regular file, or a folder on the way is none.
+        If it has, it is kept: no other file of the package replaces it. Also returns False after `given_up` is set.
+        Raises ConflictError: there is something other than a regular file, or a folder in the path is not a folder.
         """
         with self._folder(relative_path, create=False) as (folder, name):
             if folder is None:
                 return None
             try:
-                # Without O_NONBLOCK the opening of a pipe would wait for a writer.
+                # Without O_NONBLOCK, opening a pipe would wait for a writer.
                 descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
             except FileNotFoundError:
                 return None
@@ -137,7 +137,7 @@ class Destination:
             os.close(descriptor)
 
     def check_names(self, relative_path: str) -> None:
-        """Raise ConflictError when a name in the path is longer than the folder's file system takes."""
+        """Raise ConflictError if a name in the path is longer than the folder's file system allows."""
         relative_path = self._renamed.get(relative_path, relative_path)
         if len(relative_path.encode()) <= self._name_bytes:
             return
@@ -145,7 +145,7 @@ class Destination:
             if len(part.encode()) <= self._name_bytes:
                 continue
             try:
-                # Some count other units than bytes: it has the last word.
+                # Some file systems do not count bytes, so the file system itself is asked.
                 os.stat(part, dir_fd=self._root, follow_symlinks=False)
             except OSError as error:
                 if error.errno == errno.ENAMETOOLONG:
@@ -154,14 +154,14 @@ class Destination:
                     ) from None
 
     def is_empty(self) -> bool:
-        """Whether nothing at all is in the folder."""
+        """Whether the folder is empty."""
         with os.scandir(self._root) as entries:
             return next(entries, None) is None
 
     def write_files(self, files: Iterable[tuple[str, bytes]], *, replace: bool) -> None:
-        """Write whole files and give each its name in one step; may run in several threads at a time.
+        """Write whole files and give each its name atomically. May run in several threads at a time.
 
-        The folder of the file before is kept open, since the next one mostly lies there too. Raises ConflictError as
+        The previous file's folder is kept open, because the next file is usually in it too. Raises ConflictError as
         `Landing.put_into_place`.
         """
         last, folder = "", -1
@@ -187,7 +187,7 @@ class Destination:
 
     @contextmanager
     def new_file(self, relative_path: str) -> Iterator[Landing]:
-        """A file under a temporary name beside its place; removed unless it was put into place."""
+        """A file with a temporary name in its folder. It is removed unless it was put into place."""
         with self._folder(relative_path, create=True) as (folder, name):
             if folder is None:
                 raise ConflictError(f"the folder of {relative_path!r} is gone")
@@ -203,7 +203,7 @@ class Destination:
 
     @contextmanager
     def _folder(self, relative_path: str, *, create: bool) -> Iterator[tuple[int | None, str]]:
-        """The open folder of the path, and the path's last segment; no folder when it is not there."""
+        """The open folder of the path (None if it does not exist), and the path's last segment."""
         check_path(relative_path)
         *above, name = self._renamed.get(relative_path, relative_path).split("/")
         current = os.dup(self._root)
@@ -228,7 +228,7 @@ class Destination:
 
 
 class _Placed:
-    """The files that are in their places, by device and inode: no other file of the package may replace them."""
+    """The files that are in place, by device and inode: no other file of the package may replace them."""
 
     __slots__ = ("lock", "seen")
 
@@ -237,15 +237,15 @@ class _Placed:
         self.seen: set[tuple[int, int]] = set()
 
     def keep(self, file: os.stat_result) -> None:
-        """A file that was there; one with several names may be replaced under another of them."""
+        """Keep an existing file. A file with several names may be replaced under another of its names."""
         if file.st_nlink == 1:
             self.seen.add((file.st_dev, file.st_ino))
 
 
 class Landing:
-    """One file on its way to its place, under another name until it is whole.
+    """One file that is being written, under a temporary name until it is complete.
 
-    By bare system calls, because a tree may hold a hundred thousand files.
+    Uses plain system calls, because a tree may have a hundred thousand files.
     """
 
     __slots__ = ("_file", "_folder", "_name", "_others", "_path", "_placed", "_temporary", "size_bytes")
@@ -261,17 +261,17 @@ class Landing:
         self.size_bytes = 0
 
     def write(self, chunk: bytes) -> None:
-        """Append."""
+        """Append a chunk."""
         written = os.write(self._file, chunk)
         while written < len(chunk):
             written += os.write(self._file, memoryview(chunk)[written:])
         self.size_bytes += written
 
     def put_into_place(self, *, replace: bool) -> None:
-        """Give the file its name in one step.
+        """Give the file its name atomically.
 
-        Raises ConflictError: something is there now, or, with `replace`, something that is no regular file, or another
-        file that was just put there: to this file system both names are one.
+        Raises ConflictError: the name exists now or, with `replace`, it is not a regular file, or it is another file
+        that was just put there, because this file system treats both names as the same.
         """
         if replace:
             self._replace()
@@ -290,7 +290,7 @@ class Landing:
             self._rename()
 
     def _link(self) -> None:
-        """A second name, which another file of that name refuses, unlike rename(2); `discard` takes the first one."""
+        """Link a second name, which fails if the name exists, unlike rename(2); `discard` removes the first name."""
         self._close()
         try:
             os.link(
@@ -317,7 +317,7 @@ class Landing:
         self._placed = True
 
     def discard(self) -> None:
-        """Remove the temporary name, if it is still there."""
+        """Remove the temporary name, if it still exists."""
         self._close()
         if self._placed:
             return
@@ -332,7 +332,7 @@ class Landing:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """The result of a pull. `size_bytes` counts every file; `kept` counts the files that were there already.
+    """The result of a pull. `size_bytes` counts all files; `kept` counts the files that existed already.
 
     `renamed` maps paths of files that were written elsewhere to their new paths. `read_by_programs` holds the paths, up
     to a name of `READ_BY_PROGRAMS`, that can make programs in the folder run what the package says.
@@ -359,7 +359,7 @@ async def pull(
 ) -> Pulled:
     """Write the package's files into `destination`, which is created if needed. Memory is bounded.
 
-    Equal files that are there already are kept. Different ones are an error before anything is written, unless `force`
+    Equal files that exist already are kept. Different ones are an error before anything is written, unless `force`
     replaces them. Nothing else in the folder is touched.
 
     Packages of earlier releases may hold a file whose path is also a folder of other files. With `rename` such a file
@@ -402,7 +402,7 @@ def _read_by_programs(files: Iterable[ManifestFile]) -> tuple[str, ...]:
     found: set[str] = set()
     for file in files:
         parts = file.relative_path.split("/")
-        # Some file systems do not tell upper from lower case.
+        # Some file systems ignore case.
         named = next((depth for depth, part in enumerate(parts, start=1) if part.lower() in READ_BY_PROGRAMS), None)
         if named is not None:
             found.add("/".join(parts[:named]))
@@ -410,7 +410,7 @@ def _read_by_programs(files: Iterable[ManifestFile]) -> tuple[str, ...]:
 
 
 async def read_manifest(registry: Registry, package_id: UUID, address: ContentAddress) -> Manifest:
-    """The package's manifest, checked against `address` and for what no package holds. Raises CorruptError."""
+    """The package's manifest, checked against `address` and for values that no package has. Raises CorruptError."""
     data = await registry.get_manifest_bytes(package_id)
     if manifest_digest(data) != address.digest:
         raise CorruptError(f"the manifest of package {package_id} does not have the address {address}")
@@ -435,7 +435,7 @@ async def _package(registry: Registry, which: UUID | ContentAddress) -> tuple[UU
 
 
 def _check_files(files: Sequence[ManifestFile]) -> None:
-    """Raise CorruptError for what no package holds. Blocks."""
+    """Raise CorruptError for values that no package has. Blocks."""
     seen: set[str] = set()
     for file in files:
         try:
@@ -452,12 +452,12 @@ def _check_files(files: Sequence[ManifestFile]) -> None:
 def _renamed(files: Sequence[ManifestFile], *, rename: bool) -> Mapping[str, str]:
     """New paths for files whose path is also a folder of other files. Blocks.
 
-    Raises ConflictError when there is such a file and `rename` is not set.
+    Raises ConflictError if there is such a file and `rename` is not set.
     """
     renamed: dict[str, str] = {}
     taken = {file.relative_path for file in files}
     add_folders(taken, list(taken))
-    # A path and those below it are neighbours once `/` comes before every other character.
+    # A path and the paths below it are neighbours if `/` sorts before every other character.
     paths = sorted((file.relative_path for file in files), key=lambda path: path.replace("/", "\0"))
     for above, path in pairwise(paths):
         if not path.startswith(above + "/"):
@@ -474,9 +474,9 @@ def _renamed(files: Sequence[ManifestFile], *, rename: bool) -> Mapping[str, str
 
 
 def _missing(folder: Destination, files: Sequence[ManifestFile], given_up: Event, *, force: bool) -> list[ManifestFile]:
-    """The files to fetch. Raises ConflictError when different files are in their place.
+    """The files to fetch. Raises ConflictError if different files are in their place.
 
-    Blocks while it reads what is there. Once `given_up` is set, it ends early and the result means nothing.
+    Blocks while it reads existing files. When `given_up` is set, it ends early and the result is meaningless.
     """
     for file in files:
         folder.check_names(file.relative_path)
@@ -517,7 +517,7 @@ class _Together:
 
 
 def _together(files: Sequence[ManifestFile], wanted: Sequence[ManifestFile]) -> _Together | None:
-    """The small files to fetch in one stream. None: too few are wanted, or too few of what the stream would bring."""
+    """The small files to fetch in one stream. None if too few are wanted, or too few of those in the stream."""
     small = {file.relative_path: file for file in wanted if file.size_bytes <= SMALL_FILE_BYTES}
     if len(small) < FEWEST_FILES:
         return None
@@ -537,9 +537,9 @@ async def _fetch_together(
     *,
     replace: bool,
 ) -> set[str]:
-    """Fetch small files in one stream, writing groups while the next arrive. Return the paths that are in place.
+    """Fetch small files in one stream, writing groups while the next ones arrive. Returns the paths that are in place.
 
-    A stream that fails is no error: the rest is fetched file by file, which shows what is wrong with which file.
+    A stream that fails is not an error: the rest is fetched file by file, which shows what is wrong with which file.
     """
     arrived: set[str] = set()
     writing: set[asyncio.Task[None]] = set()
@@ -598,7 +598,7 @@ async def _fetch(
 async def _receive(registry: Registry, landing: Landing, file: ManifestFile, told: TransferProgress) -> None:
     hashed = blake3()
     if file.size_bytes:
-        # A range, although it is the whole: then the bytes are checked only here.
+        # Request a range, although it is the whole file, so that the bytes are only checked here.
         async for chunk in await registry.open_content(file.file_id, 0, file.size_bytes):
             if landing.size_bytes + len(chunk) > file.size_bytes:
                 raise CorruptError(f"{file.relative_path!r} has more bytes than its manifest says")

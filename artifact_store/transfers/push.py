@@ -1,12 +1,12 @@
-"""Push: a file or a tree becomes a package, in any registry.
+"""Push: makes a package of a file or a tree, in any registry.
 
-Small files travel in batches, large ones alone. Names, kinds of files and links are checked before the package is
-created. A batch fills at most one pack, so that this side can name the pack that the batch becomes; bytes that the
-store has already are then named and not sent. The same tree makes the same batches.
+Small files are sent in batches, large ones alone. Names, kinds of files and links are checked before the package is
+created. A batch fills at most one pack, so that the client can name the pack that the batch becomes; bytes that the
+store has already are then named and not sent. The same tree always makes the same batches.
 
-An interrupted push leaves only its own id behind, in one small file that is locked while the push runs. Every command
-id is derived from that id, so the same push, run again, gets the first answer to each step and continues. Two equal
-pushes at the same time are two pushes.
+An interrupted push leaves only its id behind, in one small file that is locked while the push runs. Every command id is
+derived from that id, so if the same push is run again, it gets the first answer to each step and continues. Two equal
+pushes at the same time are two separate pushes.
 """
 
 from __future__ import annotations
@@ -49,20 +49,21 @@ from artifact_store.user_files import state_folder
 _MOST_AT_ONCE = 64
 
 BATCH_FILES = 1_000
-"""Most files of a batch: a transaction of the log takes this many events together with others."""
+"""The most files in a batch: a transaction of the log can take this many events together with others."""
 
 FEWEST_FILES = 8
-"""Fewer files go alone, in parallel: each is then a blob of its own, which is shared and healed by itself."""
+"""Fewer files are sent alone, in parallel: each is then a separate blob, which is shared and healed separately."""
 
 _BATCHES_AT_ONCE = 4
-"""At most this many batches are in memory at a time, each of up to 8 MiB, and as much again in flight."""
+"""At most this many batches are in memory at a time, each of up to 8 MiB, and the same amount in flight."""
 
 
 @dataclass(slots=True)
 class PushState:
-    """One push.
+    """The state of one push.
 
-    `resumed`: an earlier run began it. `kept`: a later one can resume it. `began`: something was sent. `done`: drop it.
+    `resumed`: an earlier run began it. `kept`: a later run can resume it. `began`: something was sent. `done`: it is
+    complete, so its state is dropped.
     """
 
     push_id: UUID
@@ -72,14 +73,14 @@ class PushState:
     done: bool = False
 
     def command_id(self, step: str) -> UUID:
-        """The command id of one step, the same in every run."""
+        """The command id of one step, which is the same in every run."""
         return uuid5(self.push_id, step)
 
 
 def default_folder() -> Path | None:
-    """Where pushes keep their state: `artifact-store/pushes` in the user's state folder (XDG Base Directory 0.8).
+    """The folder for the state of pushes: `artifact-store/pushes` in the user's state folder (XDG Base Directory 0.8).
 
-    None when the user has no home.
+    None if the user has no home.
     """
     return state_folder("pushes")
 
@@ -88,8 +89,8 @@ def default_folder() -> Path | None:
 def push_state(folder: Path | None, identity: dict[str, Any], *, fresh: bool = False) -> Iterator[PushState]:
     """The state of the push that `identity` (JSON values) describes, locked inside the block.
 
-    `fresh` forgets what an interrupted run left. Without a folder, or with one that cannot be written, nothing is kept
-    and the push cannot be resumed. Blocks for a moment.
+    `fresh` ignores the state of an interrupted run. Without a folder, or with one that cannot be written, no state is
+    kept and the push cannot be resumed. Blocks for a moment.
     """
     descriptor, path = _lock(folder, identity)
     if descriptor is None or path is None:
@@ -112,13 +113,13 @@ def push_state(folder: Path | None, identity: dict[str, Any], *, fresh: bool = F
 
 
 def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Path | None]:
-    """The first state file of this push that no running process holds, opened and locked."""
+    """The first state file of this push that no running process has locked, opened and locked."""
     if folder is None:
         return None, None
     try:
-        # Not JCS: it would refuse NaN, surrogates and large numbers here, and the registry refuses them with a reason.
+        # Not JCS, which would refuse NaN, surrogates and large numbers here: the registry refuses them with a reason.
         name = blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-        for each in (folder.parent, folder):  # the mode is that of the last one alone
+        for each in (folder.parent, folder):  # one by one, because `parents` ignores the mode
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
         for number in range(_MOST_AT_ONCE):
             path = folder / f"{name}.{number}.json"
@@ -126,7 +127,7 @@ def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Pa
             if _try_lock(descriptor, path):
                 return descriptor, path
             os.close(descriptor)
-    except (OSError, RecursionError):  # RecursionError: the registry refuses that many levels as well
+    except (OSError, RecursionError):  # RecursionError: the registry also refuses that many levels
         return None, None
     return None, None
 
@@ -147,11 +148,11 @@ def _read(descriptor: int) -> UUID | None:
     try:
         return UUID(json.loads(os.pread(descriptor, 4096, 0))["push_id"])
     except (ValueError, KeyError, TypeError):
-        return None  # new, or cut off while it was written: then nothing was sent under its id
+        return None  # new, or truncated while it was written, when nothing had been sent under its id
 
 
 def _forget(descriptor: int, path: Path) -> None:
-    """Empty the file, so that it is no state, and remove it. A failure does not matter."""
+    """Empty the file, so that it is not a state any more, and remove it. Failures are ignored."""
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
     with suppress(OSError):
@@ -159,7 +160,7 @@ def _forget(descriptor: int, path: Path) -> None:
 
 
 def _write(descriptor: int, push_id: UUID) -> bool:
-    """Store the id. Return whether that succeeded."""
+    """Store the id. Returns whether that succeeded."""
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"push_id": str(push_id)}).encode(), 0)
@@ -180,7 +181,7 @@ class Batch:
 
     @property
     def step(self) -> str:
-        """The name of this step of a push, which only the same files have."""
+        """The name of this step of a push, which is unique to these files."""
         paths = "\0".join(file.relative_path for file in self.files)
         return f"files:{blake3(paths.encode()).hexdigest()}"
 
@@ -215,7 +216,7 @@ def _together(files: list[TreeFile]) -> Sequence[Batch | TreeFile]:
 
 
 def hold(batch: Batch) -> Held:
-    """Read the files. Blocks. Raises ContentMismatchError when one has changed since the walk; OSError."""
+    """Read the files. Blocks. Raises ContentMismatchError if one has changed since the walk; OSError."""
     layout, pack = PackLayout(), blake3()
     files: list[SmallFile] = []
     places: list[tuple[bytes, int]] = []
@@ -240,9 +241,9 @@ def hold(batch: Batch) -> Held:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The result of a push. `sequence` is the package's last event; `size_bytes` counts every file.
+    """The result of a push. `sequence` is that of the package's last event; `size_bytes` counts all files.
 
-    `unportable_count` and `unportable_paths` are explained at `Acknowledgement`.
+    For `unportable_count` and `unportable_paths`, see `Acknowledgement`.
     """
 
     package_id: UUID
@@ -269,24 +270,24 @@ async def push(
     state: PushState | None = None,
     progress: TransferProgress | None = None,
 ) -> Pushed:
-    """Create a package, send what is at `path` and finalize it. Memory is bounded by `concurrency` chunks of 1 MiB.
+    """Create a package, send the file or tree at `path`, and finalize the package.
 
-    Small files are sent in batches. Bytes that the store has already are named instead of sent. With the `state` of an
-    interrupted push, it continues there: files that the package has already are compared, not sent, which needs the
-    registry's view.
+    Memory is bounded by `concurrency` chunks of 1 MiB. Small files are sent in batches. Bytes that the store has
+    already are named instead of sent. With the `state` of an interrupted push, continues it: files that the package has
+    already are compared instead of sent, which needs the registry's view.
 
     Raises:
         InvalidPathError, InvalidRequestError: something at `path` cannot be pushed; nothing was created.
         ContentMismatchError: a file changed while it was read.
-        ConflictError, CommandReusedError: the tree is not the one that was interrupted.
+        ConflictError, CommandReusedError: the tree is not that of the interrupted push.
         CorruptError: the bytes did not arrive as they were sent.
-        What the operations of `Registry` raise. The package then stays open, and the push can be resumed.
+        Errors of the operations of `Registry`. The package then stays open, and the push can be resumed.
     """
     told = progress or NoProgress()
     current = state or PushState(uuid4(), resumed=False, kept=False)
     files = await asyncio.to_thread(walk, path)
     told.expect(len(files), sum(file.stamp.size_bytes for file in files))
-    current.began = True  # from here on a lost answer may hide a package
+    current.began = True  # from now on, a lost answer may hide a created package
     about = (name, producer, subject, retention_class, actor, metadata or {})
     try:
         created = await registry.create(*about, command_id=current.command_id("create"))
@@ -294,7 +295,7 @@ async def push(
     except AnswerExpiredError as error:
         if not current.resumed:
             raise
-        package_id, last = UUID(str(error.facts["package_id"])), 1  # finalized long ago: only compare
+        package_id, last = UUID(str(error.facts["package_id"])), 1  # it was finalized long ago, so only compare
     except RejectedError:
         current.began = current.resumed
         raise
@@ -321,13 +322,13 @@ async def push(
     manifest, unportable = None, NONE_UNPORTABLE
     if finalize:
         manifest, last, unportable = await _finalize(registry, package_id, actor, current)
-        if current.resumed and last != len(files) + 2:  # an event of the creation, one a file, one of this
+        if current.resumed and last != len(files) + 2:  # one event for the creation, each file and the finalization
             raise CorruptError(
                 f"package {package_id} was frozen with {last - 2:,} files where the tree has {len(files):,}: "
                 "something that an earlier run had sent arrived after it was gone from the tree"
             )
     elif present:
-        last = max(last, len(files) + 1)  # one event a file, after the one of the creation
+        last = max(last, len(files) + 1)  # one event for the creation and one for each file
     current.done = True
     size_bytes = sum(file.stamp.size_bytes for file in files)
     return Pushed(package_id, manifest, last, len(files), size_bytes, *unportable)
@@ -364,7 +365,7 @@ class _Sender:
         self._first_read: asyncio.Event | None = None
 
     async def send(self, item: Batch | TreeFile) -> int:
-        """Send it and return the sequence of its last event."""
+        """Send a batch or a file, and return the sequence of its last event."""
         try:
             if isinstance(item, TreeFile):
                 return await self._send_file(item)
@@ -424,17 +425,17 @@ class _Sender:
         return done.sequence
 
     async def _name(self, blob: bytes, files: Sequence[NamedFile], command: UUID) -> Acknowledgement | None:
-        """Name the files instead of sending them, if their blob is stored. None when it is not."""
+        """Name the files instead of sending them, if their blob is stored. Returns None if it is not."""
         if not await self._registry.known_blobs([blob]):
             return None
         try:
             return await self._registry.ingest_named(self._package_id, files, self._actor, command_id=command)
-        except UnknownContentError:  # it was there, but is damaged or being removed
+        except UnknownContentError:  # it exists, but is damaged or being removed
             return None
 
 
 async def _source(file: TreeFile) -> tuple[BodySource, bytes]:
-    """The file's bytes and their BLAKE3, so that it goes before them; what fits into memory is read once for both."""
+    """The file's bytes and their BLAKE3, which is sent first. A file that fits into memory is read once for both."""
     source = FileSource(file.path, file.stamp)
     if file.stamp.size_bytes > CHUNK_BYTES:
         return source, await source.blake3()
@@ -443,13 +444,13 @@ async def _source(file: TreeFile) -> tuple[BodySource, bytes]:
 
 
 async def _present(registry: Registry, package_id: UUID) -> Mapping[str, File]:
-    """What the package holds by now, whole.
+    """All files that the package has by now.
 
-    Files that are missed here would be sent once more in other batches, which are other commands, and one that is not
-    in the tree any more would stay in the package. Raises UnavailableError when that cannot be known.
+    A file that is missed here would be sent again in another batch, which is another command, and a file that is no
+    longer in the tree would stay in the package. Raises UnavailableError if the files cannot be listed.
     """
     try:
-        with suppress(IllegalPackageStateError):  # it is open: to know that, the view was brought to the log's end
+        with suppress(IllegalPackageStateError):  # it is open; to find out, the view was brought to the log's end
             await registry.get_manifest_bytes(package_id)
         pages = all_pages(lambda cursor: registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor))
         return {file.relative_path: file async for page in pages for file in page.items}

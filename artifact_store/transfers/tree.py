@@ -1,8 +1,8 @@
 """The files below a folder that a push sends, checked before anything is sent.
 
 Only files are kept, so empty folders are not. A symbolic link to a regular file inside the tree is pushed as that file.
-Refused are links that leave the tree or lead to a folder or to nothing, pipes, sockets, devices, unreadable files, and
-names that are no relative paths of the registry.
+These are refused: links that leave the tree or lead to a folder or to nothing, pipes, sockets, devices, unreadable
+files, and names that are not valid relative paths of the registry.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_FAULTS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class TreeFile:
-    """One file to push. `path` is where its bytes are read, links resolved."""
+    """One file to push. Its bytes are read from `path`, in which links are resolved."""
 
     relative_path: str
     path: str
@@ -31,17 +31,17 @@ class TreeFile:
 
     @property
     def media_type(self) -> str:
-        """Guessed from the name."""
+        """The media type, guessed from the name."""
         return guess_media_type(self.relative_path)
 
 
 def walk(path: Path) -> list[TreeFile]:
-    """The files at or below `path`, by the UTF-8 bytes of their relative paths. Blocks while it reads the folders.
+    """The files at or below `path`, sorted by the UTF-8 bytes of their relative paths. Blocks while it reads folders.
 
-    A single file is called by its name. `path` itself may be a link.
+    The relative path of a single file is its name. `path` itself may be a link.
 
     Raises:
-        InvalidPathError: names that are no relative paths; the text lists them.
+        InvalidPathError: names that are not valid relative paths; the text lists them.
         InvalidRequestError: there is nothing at `path`, or something below it cannot be pushed; the text lists it.
     """
     try:
@@ -54,7 +54,7 @@ def walk(path: Path) -> list[TreeFile]:
     bad_names: list[str] = []
     bad_files: list[str] = []
     alone = not root.is_dir()
-    # A link that was named by the user keeps its own name.
+    # If the user names a link, the link's own name is kept.
     entries = iter([(path.name or root.name, str(root), False)]) if alone else _below(root, bad_files)
     for relative_path, entry, link in entries:
         try:
@@ -76,7 +76,7 @@ def walk(path: Path) -> list[TreeFile]:
 
 
 def _below(folder: Path, faults: list[str]) -> Iterator[tuple[str, str, bool]]:
-    """Relative path, path, and whether it is a link, of everything below but folders."""
+    """Relative path, path, and whether it is a link, of everything below except folders."""
     waiting = [(str(folder), "")]
     while waiting:
         current, below = waiting.pop()
@@ -92,7 +92,7 @@ def _below(folder: Path, faults: list[str]) -> Iterator[tuple[str, str, bool]]:
 
 
 def _file(relative_path: str, path: str, root: Path | None, *, link: bool) -> TreeFile:
-    # Texts and bare calls, because a tree may hold a hundred thousand files.
+    # Texts and plain system calls, because a tree may have a hundred thousand files.
     if link:
         path = str(_target(Path(path), root))
     found = os.stat(path)  # noqa: PTH116 - see above
@@ -122,6 +122,6 @@ def _listed(what: str, faults: list[str]) -> str:
 
 
 def _shown(path: Path | str) -> str:
-    """The path for a message: printable whatever bytes it holds."""
+    """The path for a message: printable, whatever bytes it contains."""
     text = os.fsencode(path).decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
