@@ -134,17 +134,19 @@ class Comparison:
     repeated: int
 
 
-async def compare_logs(original: Log, copy: Log) -> Comparison:
+async def compare_logs(original: Log, copy: Log, *, skip: Collection[Place] = ()) -> Comparison:
     """Whether the copy is what the original begins with, in each partition: keys, values, headers, times and order.
 
     Repeated events, as mirrors write them after a restart, are skipped in both, as every reader does, and counted in
-    the copy. Changes nothing.
+    the copy. Records of the original in `skip` were left out of the copy. Changes nothing.
 
-    Raises CorruptError, which names the first partition that differs and where; ConfigurationError: they cannot be a
-    pair; UnavailableError.
+    Raises CorruptError, which names the first partition that differs and where; NotFoundError: there is no record to
+    skip; ConfigurationError: they cannot be a pair; UnavailableError.
     """
     await _require_pair(original, copy)
     ends = (await original.end()).offsets
+    for partition, offset in skip:
+        await _require_record(original, partition, offset, ends.get(partition, 0))
     there = {p: PartitionChain() for p in range(await copy.partitions())}
     repeated = 0
     copy_end = (await copy.end()).offsets
@@ -157,7 +159,8 @@ async def compare_logs(original: Log, copy: Log) -> Comparison:
     follower = Follower(there, "the copy")
     with Notes() as notes:
         async for record in scanned(original, ends, headers=True):
-            if not _came_again(notes, record):
+            left_out = (record.partition, record.offset) in skip
+            if not left_out and not _came_again(notes, record):
                 follower.covers(record.partition, by_all(record), record.offset)
     follower.finish()
     records = sum(chain.count for chain in follower.seen.values())

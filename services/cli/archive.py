@@ -101,13 +101,14 @@ def copy(source: str, target: str, skips: Sequence[str]) -> None:
 @log.command("compare")
 @click.argument("source")
 @click.argument("target")
+@click.option("--skip", "skips", metavar="PARTITION:OFFSET", multiple=True, help="`log copy` left out this record.")
 @common_options(shown=("log_url", "kafka_options"))
-def compare(source: str, target: str) -> None:
+def compare(source: str, target: str, skips: Sequence[str]) -> None:
     """Check that every partition of TARGET is a copy of the beginning of SOURCE. Exit code 1 if one is not.
 
     Events that a mirror has repeated are skipped and counted. SOURCE and TARGET are named as for `log copy`.
     """
-    found = run(_compare(source, target))
+    found = run(_compare(source, target, [_place(skip, "--skip") for skip in skips]))
     if invocation().as_json:
         answer(found)
     else:
@@ -201,11 +202,11 @@ async def _copy(source: str, target: str, skips: Sequence[tuple[int, int]]) -> d
     return {"log": str(done.log), "records": done.records, "resumed": done.resumed, "skipped": done.skipped}
 
 
-async def _compare(source: str, target: str) -> dict[str, Any]:
+async def _compare(source: str, target: str, skips: Sequence[tuple[int, int]]) -> dict[str, Any]:
     from services.archive import compare_logs
 
     async with _pair(source, target) as (original, copied, _):
-        found = await compare_logs(original, copied)
+        found = await compare_logs(original, copied, skip=frozenset(skips))
     return {"records": found.records, "missing": found.missing, "repeated": found.repeated}
 
 

@@ -152,6 +152,8 @@ async def test_a_copy_leaves_out_a_record_and_refuses_a_target_that_is_none(kafk
         done = await copy_log(log, copy, KafkaFiller(copy), skip={(bad.partition, bad.offset)})
         assert (done.records, done.skipped) == (len(events), 1)
         assert whole(await records_of(copy)) == whole({**source, 1: source[1][:-1]})
+        assert (await compare_logs(log, copy)).missing == 1
+        assert (await compare_logs(log, copy, skip={(bad.partition, bad.offset)})).missing == 0
         await stray(copy, 1)
         before = await records_of(copy)
         with pytest.raises(CorruptError, match="partition 1 of the target holds other records"):
