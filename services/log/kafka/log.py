@@ -262,9 +262,11 @@ class _Scan:
         began = time.monotonic()
         if self._reader is None:
             self._reader = Reader(self._log.kafka, self._at, self._log.cluster)
-        taken = self._reader.take(_SCAN_BATCH, _POLL_SECONDS, headers=self._headers)
-        found = [r for r in taken if r.offset < self._ends[r.partition]]
-        reached = {p: min(offset, self._ends[p]) for p, offset in self._reader.reached().items()}
+        found = self._reader.take(_SCAN_BATCH, _POLL_SECONDS, headers=self._headers)
+        reached = self._reader.reached()
+        if any(offset > self._ends[p] for p, offset in reached.items()):
+            found = [r for r in found if r.offset < self._ends[r.partition]]
+            reached = {p: min(offset, self._ends[p]) for p, offset in reached.items()}
         self._watch.took(reached, time.monotonic() - began)
         moved = {p: offset for p, offset in reached.items() if offset > self._at[p]}
         self._at.update(moved)

@@ -74,16 +74,16 @@ class EventBatch:
         events: list[Entry] = []
         unreadable: list[tuple[Record, str]] = []
         confirmed: set[int] = set()
-        belongs: set[tuple[int, UUID]] = set()
+        belongs: set[tuple[int, bytes]] = set()  # by key, which is quicker to hash than the id that it is
         for record in records:
             try:
                 entry = read_entry(record.value, record.key, packages)
             except UndecodableEventError as error:
                 unreadable.append((record, f"it cannot be read: {error}"))
                 continue
-            place = record.partition, entry.package_id
+            place = record.partition, record.key
             payload = entry.payload if isinstance(entry, Event) else None
-            administrative = isinstance(payload, AdministrativePayload)
+            administrative = payload is not None and isinstance(payload, AdministrativePayload)
             if administrative or place not in belongs:
                 cause = misplacement(record, entry.package_id, payload, partition_of)
                 if cause is not None:
@@ -171,6 +171,12 @@ async def read_range(
     size = 0
     async with aclosing(log.scan(starts, ends)) as batches:
         async for batch in batches:
+            more = sum(len(record.value) for record in batch.records)
+            if only is None and len(records) + len(batch.records) <= batch_events and size + more <= BATCH_BYTES:
+                records += batch.records
+                reached.update(batch.next_offsets)
+                size += more
+                continue
             for record in batch.records:
                 if only is not None and not only(record):
                     continue
