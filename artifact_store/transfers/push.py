@@ -265,6 +265,7 @@ async def push(
     retention_class: str,
     actor: str = "anonymous",
     metadata: dict[str, Any] | None = None,
+    files: Sequence[TreeFile] | None = None,
     finalize: bool = True,
     concurrency: int = DEFAULT_CONCURRENCY,
     state: PushState | None = None,
@@ -276,6 +277,8 @@ async def push(
     already are named instead of sent. With the `state` of an interrupted push, continues it: files that the package has
     already are compared instead of sent, which needs the registry's view.
 
+    `files` is what `walk(path)` found, if the caller has called it already.
+
     Raises:
         InvalidPathError, InvalidRequestError: something at `path` cannot be pushed; nothing was created.
         ContentMismatchError: a file changed while it was read.
@@ -285,7 +288,8 @@ async def push(
     """
     told = progress or NoProgress()
     current = state or PushState(uuid4(), resumed=False, kept=False)
-    files = await asyncio.to_thread(walk, path)
+    if files is None:
+        files = await asyncio.to_thread(walk, path)
     told.expect(len(files), sum(file.stamp.size_bytes for file in files))
     current.began = True  # from now on, a lost answer may hide a created package
     about = (name, producer, subject, retention_class, actor, metadata or {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -101,6 +102,7 @@ async def _push(
     from artifact_store import push as push_tree
     from artifact_store.errors import ArtifactStoreError
     from artifact_store.transfers.push import default_folder, push_state
+    from artifact_store.transfers.tree import walk
     from services.registry import open_registry
     from services.runtime.processes import collect_rarely
 
@@ -113,16 +115,19 @@ async def _push(
         "path": os.fsencode(path).hex(),
         "finalize": finalize,
     }
-    with push_state(default_folder(), identity, fresh=fresh) as state:
+    with push_state(default_folder(), identity, fresh=fresh) as state, ThreadPoolExecutor(1) as beside:
         if state.resumed:
             remark("an equal push was interrupted: continuing with its package (--new starts a new one)")
+        walking = beside.submit(walk, path)  # while the client loads
         try:
             async with open_registry(settings) as registry:
+                files = await asyncio.wrap_future(walking)
                 with transfer_progress("push") as progress:
                     return await push_tree(
                         registry,
                         path,
                         **about,
+                        files=files,
                         finalize=finalize,
                         concurrency=concurrency,
                         state=state,

@@ -27,6 +27,7 @@ from artifact_store.manifest import ContentAddress
 from artifact_store.models import Declared, File, Page
 from artifact_store.registry import Registry
 from artifact_store.transfers.push import FEWEST_FILES, Batch, Held, PushState, hold
+from artifact_store.transfers.tree import walk
 from services.config import Settings
 from services.core import decide
 from services.registry import open_registry
@@ -79,6 +80,16 @@ async def test_a_tree_comes_back_as_it_went_in(registry: Registry, tree: Path, t
     assert by_id.size_bytes == done.size_bytes
     file = await registry.get_file_at(done.package_id, "a b.txt")
     assert (file.media_type, file.sha256) == ("text/plain", hashlib.sha256(TREE["a b.txt"]).digest())
+
+
+async def test_a_tree_that_the_caller_has_walked_is_not_walked_again(
+    registry: Registry, tree: Path, tmp_path: Path
+) -> None:
+    files = walk(tree)
+    (tree / "later").write_bytes(b"not seen by the walk")
+    done = await pushed(registry, tree, files=files)
+    await pull(registry, done.package_id, tmp_path / "back")
+    assert trees.read(tmp_path / "back") == TREE
 
 
 async def test_an_empty_folder_is_an_empty_package(registry: Registry, tmp_path: Path) -> None:
