@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from services.blobs.verified_reads import BAD_READS
 from services.runtime.metrics import new_registry
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -95,6 +96,7 @@ class Metrics:
         )
         self._deliveries = _Deliveries()
         self.registry.register(self._deliveries)
+        self.registry.register(BAD_READS)
         self._lag = Gauge(
             "artifact_store_event_loop_lag_seconds",
             "How late the event loop runs. More than 0.1 s for long means that the process is overloaded",

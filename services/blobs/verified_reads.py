@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from blake3 import blake3
+from prometheus_client import Counter
 
 from artifact_store.byte_streams import from_any, joined
 from artifact_store.errors import CorruptError, UnavailableError
@@ -31,6 +32,19 @@ HELD_BYTES = 1 << 20
 _BEGUN = b""
 """What a generator gives first, so that it has begun before it is handed on."""
 _log = logging.getLogger(__name__)
+
+BAD_READS = Counter(
+    "artifact_store_bad_reads",
+    "Reads that found a file's bytes `lost` at every place, or other bytes than were acknowledged at one (`damaged`)",
+    ("found",),
+    registry=None,
+)
+"""Counts for this process since it began. A gateway shows it."""
+
+_LOST, _DAMAGED = (
+    BAD_READS.labels("lost"),
+    BAD_READS.labels("damaged"),
+)  # shown from the start, so that the first counts
 
 
 class SoundReads:
@@ -126,6 +140,7 @@ class SoundReads:
         return sorted(dict.fromkeys(places), key=lambda place: place in self._wrong)
 
     def _mistrust(self, place: Place) -> CorruptError:
+        _DAMAGED.inc()
         _log.error(
             "blob %s has other bytes than were acknowledged; `artifact-store verify --bytes` names all", place[0]
         )
@@ -137,6 +152,7 @@ def _reported(missing: CorruptError | UnavailableError | None) -> CorruptError |
     """The error to raise when no location has the bytes. A loss is also logged, because a person has to repair it."""
     error = missing or CorruptError("the file has no place where its bytes lie")
     if isinstance(error, CorruptError):
+        _LOST.inc()
         _log.error("the bytes of a file are lost: %s; `artifact-store verify` names all", error.detail)
     return error
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from prometheus_client import CollectorRegistry
 
 from artifact_store.errors import CorruptError, UnavailableError
 from artifact_store.manifest import content_key
 from services.blobs.local import LocalBlobStore
-from services.blobs.verified_reads import Place, SoundReads
+from services.blobs.verified_reads import BAD_READS, Place, SoundReads
 from tests.unit.blobs.watched_store import WatchedStore
 
 SIZES = (0, 1, 70_000, 1 << 20, (1 << 20) + 1, (3 << 20) + 17)
@@ -23,6 +24,12 @@ async def reads(tmp_path: Path) -> AsyncIterator[SoundReads]:
     store = LocalBlobStore(tmp_path)
     yield SoundReads(store)
     await store.close()
+
+
+def bad_reads(found: str) -> float:
+    registry = CollectorRegistry()
+    registry.register(BAD_READS)
+    return registry.get_sample_value("artifact_store_bad_reads_total", {"found": found}) or 0.0
 
 
 def some(size: int) -> bytes:
@@ -58,8 +65,10 @@ async def test_without_a_place_that_has_them_there_is_an_error_and_no_byte(
     for places in ([("uploads/missing", 0)], [short], [short, ("uploads/missing", 0)]):
         if size:
             caplog.clear()
+            before = bad_reads("lost")
             with pytest.raises(CorruptError, match=r"missing|expected") as lost:
                 await reads.whole(places, blake3(data).digest(), size)
+            assert bad_reads("lost") == before + 1
             assert [record.levelname for record in caplog.records if str(lost.value) in record.message] == ["ERROR"]
         else:
             assert await read(reads, places, data) == b""
@@ -72,11 +81,13 @@ async def test_other_bytes_never_come_whole_and_the_next_reader_gets_the_right_o
     data = some(size)
     wrong = put(tmp_path, "uploads/wrong", data[:-1] + bytes([data[-1] ^ 1]))
     good = put(tmp_path, content_key(blake3(data).digest()), data)
+    before = bad_reads("damaged")
     if size > 1 << 20:  # it was on its way before the end showed that it is wrong
         with pytest.raises(CorruptError, match="other bytes"):
             await read(reads, [wrong, good], data)
     assert await read(reads, [wrong, good], data) == data
     assert "uploads/wrong" in caplog.text
+    assert bad_reads("damaged") == before + 1
     with pytest.raises(CorruptError, match="other bytes"):
         await read(reads, [wrong], data)
 
