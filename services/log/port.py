@@ -1,6 +1,6 @@
 """The ports to the log of record: `Log` reads it, `CommandWriter` is the only thing that appends to it.
 
-Two adapters fulfil each (`kafka`, `sqlite`) and pass one contract suite (`tests/contract/test_log.py`).
+Two adapters implement each (`kafka`, `sqlite`) and pass one contract suite (`tests/contract/test_log.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Record(NamedTuple):
     key: bytes
     value: bytes
     sequence: int | None = None
-    """The number under which the log keeps the record in its package; None for a log that keeps no such numbers."""
+    """The sequence under which the log lists the record in its package; None for a log without such a list."""
     timestamp: int = 0
     """When the record was made (ms since 1970). Set whenever `headers` are."""
     headers: Sequence[tuple[str, str | bytes | None]] = ()
@@ -38,7 +38,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one poll found: records in log order per partition, and per partition the offset to go on from.
+    """The result of one poll: records in log order per partition, and per partition the offset to continue from.
 
     `next_offsets` may move past the last record (transaction markers take offsets too), and may be present for a
     partition without records.
@@ -51,39 +51,39 @@ class Batch:
 class Subscription(Protocol):
     """One member of a projection's consumer group; used by one task at a time.
 
-    The group spreads the partitions over its members. On every assignment, be it of none, `start_offsets` is asked
-    where to begin; what the group has committed decides nothing.
+    The group spreads the partitions over its members. On every assignment, even an empty one, `start_offsets` is asked
+    where to begin; the group's committed offsets are ignored.
     """
 
     async def poll(self, max_records: int, timeout_seconds: float) -> Batch:
-        """Wait until there is something or the time is over (then an empty batch).
+        """Wait for records. Returns an empty batch if there are none in time.
 
-        Raises UnavailableError; CorruptError when a starting offset lies outside the log: nothing resets by itself.
+        Raises UnavailableError; CorruptError if a starting offset lies outside the log: there is no automatic reset.
         """
 
     @property
     def assigned(self) -> frozenset[int]:
-        """The partitions that are this member's now."""
+        """The partitions that are assigned to this member now."""
 
     async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
-        """Show the progress in the log's own tools, once the view holds it. A restart does not go by it."""
+        """Show progress in the log's own tools, after the view has it. It has no effect on a restart."""
 
     async def close(self) -> None:
         """Leave the group at once, so that others take over without waiting for a time-out."""
 
 
 StartOffsets = Callable[[Sequence[int]], Awaitable[Mapping[int, int]]]
-"""From the assigned partitions to the offset to begin each at."""
+"""Returns the offset at which to begin each of the assigned partitions."""
 
 Settled = Callable[[], Awaitable[None]]
-"""Returns when nothing that was read is on its way into the view any more."""
+"""Returns when no batch that was read is being applied to the view any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackageExtent:
-    """What is known of where a package's events lie: when it was created (µs since 1970), and its last event's number.
+    """Where a package's events lie: when it was created (µs since 1970), and the sequence of its last known event.
 
-    The last event may be a later one by now; None when nothing is known of it.
+    There may be later events by now. The sequence is None if it is not known.
     """
 
     created_at: int
@@ -95,16 +95,16 @@ class Log(Protocol):
 
     @property
     def topic(self) -> str | None:
-        """What Kafka calls the log; None for a log that is not in Kafka."""
+        """The name of the Kafka topic; None for a log that is not in Kafka."""
 
     async def identity(self) -> UUID:
         """The log's own id: Kafka's topic id, or the id inside the SQLite file. Raises UnavailableError."""
 
     async def partitions(self) -> int:
-        """How many partitions there are; fixed for good."""
+        """The number of partitions, which never changes."""
 
     def partition_of(self, package_id: UUID) -> int:
-        """The partition that holds the package's events. Raises UnavailableError before the log was reached once."""
+        """The partition with the package's events. Raises UnavailableError if the log was never reached yet."""
 
     async def end(self, covering: Position | None = None) -> Position:
         """The position after the last committed event of every partition. Raises UnavailableError.
@@ -116,7 +116,7 @@ class Log(Protocol):
     async def at_time(self, created_at: int) -> Position:
         """The position from which events of this time (µs since 1970) and later ones are read.
 
-        To the millisecond: earlier events of the same millisecond may follow it. Raises UnavailableError.
+        Exact to the millisecond: earlier events of the same millisecond may follow it. Raises UnavailableError.
         """
 
     def read(
@@ -129,27 +129,27 @@ class Log(Protocol):
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncGenerator[RecordedEvent]:
-        """Read on from `since` (None: the start), of one package or of all.
+        """Read events after `since` (None: from the start), of one package or of all.
 
-        Ends at `until` (None: what was the end when reading began), or never when `follow` is set: then new events are
-        looked for at least every `poll_seconds`. With the package's `extent`, reading begins at its creation; without
-        `follow` it ends at its last event, however much the partition holds. Memory is bounded by a batch.
+        Ends at `until` (None: the log's end when reading began), or never with `follow`, which looks for new events at
+        least every `poll_seconds`. With the package's `extent`, reading begins at its creation and, without `follow`,
+        ends at its last event, however much the partition holds. Memory is bounded by a batch.
 
-        Raises (on iteration): LogIdentityError (also when the log is made anew meanwhile), InvalidPositionError (beyond
-            the end), UnavailableError (within a bound), CorruptError (a record cannot be decoded).
+        Raises (on iteration): LogIdentityError (also if the log is created again meanwhile), InvalidPositionError
+            (beyond the end), UnavailableError (within a bound), CorruptError (a record cannot be decoded).
         """
 
     def scan(
         self, starts: Mapping[int, int], ends: Mapping[int, int], *, headers: bool = False
     ) -> AsyncGenerator[Batch]:
-        """Read the records of some partitions, undecoded: of each in `starts` from there to its offset in `ends`.
+        """Read undecoded records of some partitions: of each one in `starts`, from that offset to its offset in `ends`.
 
-        For callers that read much and decode it elsewhere. `ends` must not lie beyond the log's end; the last
-        `next_offsets` of every partition is its end. Memory is bounded by a batch. Only with `headers` do the records
-        have their time and headers.
+        For callers that read a lot and decode it elsewhere. `ends` must not lie beyond the log's end; the last
+        `next_offsets` of every partition is its end. Memory is bounded by a batch. Records have their time and headers
+        only with `headers`.
 
-        Raises (on iteration): UnavailableError (within a bound), LogIdentityError (the log is made anew meanwhile),
-            CorruptError (records before a start, or behind it, are gone).
+        Raises (on iteration): UnavailableError (within a bound), LogIdentityError (the log is created again meanwhile),
+            CorruptError (records before a start, or after it, are gone).
         """
 
     async def subscribe(
@@ -164,30 +164,30 @@ class Log(Protocol):
     async def damage(self) -> Sequence[str]:
         """Damage to the log's storage that its records do not show, in words. Blocks no writer.
 
-        Always empty for a log whose servers look after that. Raises UnavailableError; CorruptError when it cannot be
-        told.
+        Always empty for a log whose servers check that themselves. Raises UnavailableError; CorruptError if the damage
+        cannot be determined.
         """
 
     async def committed(self, projection: str) -> Mapping[int, tuple[int, str]]:
-        """What the projection's group has committed, by partition: the offset to read next, and the metadata.
+        """The projection's committed offsets, by partition: the offset to read next, and the metadata.
 
-        A partition without a commit is absent. Tools of the log's own write offsets without metadata. Raises
+        A partition without a commit is absent. The log's own tools write offsets without metadata. Raises
         UnavailableError.
         """
 
     async def show(self, projection: str, next_offsets: Mapping[int, int], metadata: str) -> bool:
-        """Commit offsets for the projection's group from outside it; whether that was done.
+        """Commit offsets for the projection's group from outside it. Returns whether that was done.
 
-        Nothing is committed while the group has members: they commit themselves. Raises UnavailableError.
+        It is not done while the group has members, which commit themselves. Raises UnavailableError.
         """
 
     async def lag(self, projection: str) -> Mapping[int, int]:
         """Per partition, how many offsets the projection's committed offset is behind the end."""
 
     async def migrate(self) -> None:
-        """Create the topic or file, or check the one that is there. Safe to repeat.
+        """Create the topic or file, or check the existing one. Safe to repeat.
 
-        Raises ConfigurationError, with the command that mends it, when the log could lose events.
+        Raises ConfigurationError, with the command that mends it, if the log could lose events.
         """
 
     async def check(self) -> None:
@@ -198,7 +198,7 @@ class Log(Protocol):
 
 
 def partition_read(log: Log, event: RecordedEvent, before: Mapping[int, int]) -> int:
-    """The partition in which a reader found the event. `before` is how far it had read until then, by partition."""
+    """The partition in which a reader found the event. `before` is how far it had read before, by partition."""
     offsets = event.position.offsets
     partition = log.partition_of(event.package_id)
     if offsets.get(partition) != before.get(partition):
@@ -210,7 +210,7 @@ def partition_read(log: Log, event: RecordedEvent, before: Mapping[int, int]) ->
 _HELD_SECONDS = 10.0
 
 EXTENT_SECONDS = 1.0
-"""How long it may take to learn where a package's events lie; without it more of the log is read."""
+"""How long finding a package's extent may take; without it, more of the log is read."""
 
 
 class CommandWriter(Protocol):
@@ -220,14 +220,15 @@ class CommandWriter(Protocol):
         """Begin to serve: join the group of writers, or open the file. Returns before partitions are owned."""
 
     async def submit(self, command: Command) -> Acknowledgement:
-        """Decide the command and append its events; answer when they are in the log for good and readable.
+        """Decide the command and append its events. Returns when they are durable in the log and can be read.
 
-        A repeat of a command id gets the first answer. Wherever the package's writer is, the caller sees only delay.
+        A repeat of a command id gets the first answer. If the package's writer is elsewhere, the caller only notices a
+        delay.
 
         Raises:
-            RejectedError: refused for good; it records nothing.
-            AnswerExpiredError, PackageAbandonedError: an earlier try may be recorded, and its answer is not kept.
-            PushBackError: nothing recorded, retry after a while.
+            RejectedError: the command is refused; nothing is recorded.
+            AnswerExpiredError, PackageAbandonedError: an earlier attempt may be recorded, and its answer is not kept.
+            PushBackError: nothing is recorded; retry after a while.
             UnavailableError: the outcome is unknown; retry with the same command id.
         """
 
@@ -239,68 +240,69 @@ class CommandWriter(Protocol):
         grants: Grants = EVERYTHING,
         principal: str | None = None,
     ) -> str | None:
-        """Ask the package's writer whether files of these paths could be ingested now.
+        """Ask the package's writer whether files with these paths could be ingested now.
 
         `grants` and `principal` are those that the command would have. Returns the package's retention class; None if
-        its writer is of a release that does not tell it.
+        the writer's release does not tell it.
 
         Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
         """
 
     def announce(self, package_id: UUID) -> None:
-        """Say that a command that adds a file to the package will come as soon as the bytes are stored.
+        """Announce a command that adds a file to the package, which follows when the bytes are stored.
 
-        Commands in the queue may wait a moment for it, to share a transaction. Does not block, and promises nothing.
+        Commands in the queue may wait a moment for it, to share a transaction. Does not block. The command need not
+        come.
         """
 
     async def end(self, partitions: Collection[int]) -> Position:
         """A position after every event of these partitions that was acknowledged before the call.
 
-        Their writers prove it: `Log.end` may ask a broker that is cut off from the others. Raises UnavailableError and
-        PushBackError when a partition has no writer that can.
+        Their writers prove it, whereas `Log.end` may ask a broker that is cut off from the others. Raises
+        UnavailableError and PushBackError if a partition has no writer that can prove it.
         """
 
     async def extent(self, package_id: UUID) -> PackageExtent | None:
-        """Where the package's events lie, as its writer knows; None when that cannot be learned at once.
+        """Where the package's events lie, as far as its writer knows; None if that cannot be found out quickly.
 
-        Waits for EXTENT_SECONDS at most. Never raises because something cannot be reached.
+        Waits for at most EXTENT_SECONDS. Never raises because something cannot be reached.
         """
 
     async def ready(self) -> str | None:
-        """None when every partition can be written to through this process; else what is missing."""
+        """None if every partition can be written to through this process; else what is missing."""
 
     async def status(self) -> Sequence[PartitionStatus]:
-        """Who owns which partition, for operators."""
+        """The status of all partitions, for operators."""
 
     async def close(self) -> None:
-        """Finish what was accepted, hand partitions over, release everything; blocks until done."""
+        """Finish accepted commands, hand partitions over, release everything; blocks until done."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionStatus:
-    """One partition's writer. `owner` is a URL or `this process`; None when nobody owns it."""
+    """One partition's writer. `owner` is a URL or `this process`; None if nobody owns the partition."""
 
     partition: int
     owner: str | None
     since: int | None = None
-    """When this process took it over (µs since 1970); None when another owns it."""
+    """When this process took it over (µs since 1970); None if another process owns it."""
     takeover_seconds: float | None = None
     restored_from: str | None = None
-    """What the writer's state was made of at that time: its `file`, a `snapshot`, or the whole `log`."""
+    """What the writer's state was restored from then: its `file`, a `snapshot`, or the whole `log`."""
     trouble: str | None = None
     """Why the partition cannot be written to now, as far as its owner knows."""
     waiting: int = 0
     """How many requests wait for the writer's next turn."""
     memory_only: str | None = None
-    """Why the newest part of the writer's state is in memory alone; writing goes on, a take-over takes longer."""
+    """Why the newest part of the writer's state is only in memory; writing continues, but a take-over takes longer."""
     skipped: int = 0
-    """Records that are no events and were passed over, as an operator confirmed."""
+    """Records that are not events and were passed over, as an operator confirmed."""
     repeated: int = 0
-    """Events that their packages had already, and that were passed over."""
+    """Repeated events of packages, which were passed over."""
     quarantined: int = 0
-    """Packages whose history is contradicted: nothing is added to them."""
+    """Packages whose history the log contradicts: nothing is added to them."""
     bad_offset: int | None = None
-    """Offset of the record that is no event and that nobody has confirmed yet: the partition stands before it."""
+    """Offset of the record that is not an event and not confirmed yet: the partition has stopped before it."""
     bad_digest: str | None = None
     """Digest of that record (64 hex digits), by which `artifact-store log skip` confirms it."""
     lost_offset: int | None = None
@@ -314,19 +316,19 @@ PutManifest = Callable[[bytes], Awaitable[None]]
 
 
 class SnapshotStore(Protocol):
-    """Where writers leave copies of their state for one that begins on an empty disk: named objects, as blobs have."""
+    """The store for copies of writers' states, for writers on an empty disk: named objects, as in a blob store."""
 
     async def put_object(self, key: str, data: bytes) -> None:
         """Write an object, durably and as a whole. Raises UnavailableError."""
 
     async def get_object(self, key: str) -> bytes | None:
-        """Read an object, None if there is none. Raises UnavailableError."""
+        """Read an object; None if there is none. Raises UnavailableError."""
 
     async def list_objects(self, prefix: str) -> list[str]:
         """Keys of all objects below `prefix`, sorted. Raises UnavailableError."""
 
     async def delete_object(self, key: str) -> None:
-        """Remove an object, if it is there. Raises UnavailableError."""
+        """Remove an object, if it exists. Raises UnavailableError."""
 
 
 class TimedStore(Protocol):
@@ -334,22 +336,22 @@ class TimedStore(Protocol):
 
     @property
     def clock(self) -> StoreClock:
-        """The store's clock, as its last answers tell it."""
+        """The store's clock, known from its last answers."""
 
     async def now(self) -> datetime:
         """Ask for the store's time, so that `clock` is up to date. Raises UnavailableError."""
 
 
 class PartitionNotOwnedError(UnavailableError, problem="partition-not-owned"):
-    """This process is not the writer of the package's partition now, and has appended nothing; ask the writer."""
+    """This process is not the writer of the package's partition, and has appended nothing; ask the writer."""
 
 
 class NotAppendedError(UnavailableError, problem="not-appended"):
-    """The command's events could not be appended, and the writer has made sure that the log does not hold them."""
+    """The command's events could not be appended, and the writer has made sure that the log does not have them."""
 
 
 class HeldError(PushBackError):
-    """Nothing is appended to a partition until an operator has mended something; the text says what and how.
+    """Nothing is appended to a partition until an operator has mended the cause; the text says what it is and how.
 
     With `own_clock`, this machine's clock is wrong: other gateways may still be able to write.
     """
@@ -372,8 +374,8 @@ class LogFiller(Protocol):
     async def append(self, partition: int, records: Sequence[Record]) -> None:
         """Append these records' keys, values, times and headers to the partition in one transaction.
 
-        Of a record only these count, not its own partition and offset. May be called for several partitions at a time.
-        Raises UnavailableError: whether they were appended is unknown. ConflictError: somebody else has appended.
+        Records' own partitions and offsets are ignored. May be called for several partitions at a time. Raises
+        UnavailableError: it is unknown whether they were appended. ConflictError: somebody else has appended.
         """
 
     async def settle(self) -> None:
@@ -384,19 +386,19 @@ class LogFiller(Protocol):
 
 
 class Forwarder(Protocol):
-    """How a small command reaches the process that owns its partition; bytes of files never travel this way."""
+    """Sends small commands to the process that owns their partition; bytes of files are never sent this way."""
 
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
-        """As `CommandWriter.submit`, at the owner; PartitionNotOwnedError when it is not the owner any more."""
+        """As `CommandWriter.submit`, at the owner. Raises PartitionNotOwnedError if it is no longer the owner."""
 
     async def end(self, owner_url: str, partition: int) -> int | None:
-        """The offset of `CommandWriter.end`, from the owner; PartitionNotOwnedError when it is not the owner any more.
+        """The offset of `CommandWriter.end`, from the owner. Raises PartitionNotOwnedError if it is not the owner.
 
-        None if the owner is of a release that cannot prove it.
+        None if the owner's release cannot prove it.
         """
 
     async def extent(self, owner_url: str, package_id: UUID) -> PackageExtent | None:
-        """As `CommandWriter.extent`, at the owner; UnavailableError when it does not answer or is not the owner."""
+        """As `CommandWriter.extent`, at the owner. Raises UnavailableError if that does not answer or is no owner."""
 
     async def check_ingest(
         self,
@@ -407,4 +409,4 @@ class Forwarder(Protocol):
         grants: Grants = EVERYTHING,
         principal: str | None = None,
     ) -> str | None:
-        """As `CommandWriter.check_ingest`, at the owner; PartitionNotOwnedError when it is not the owner any more."""
+        """As `CommandWriter.check_ingest`, at the owner. Raises PartitionNotOwnedError if it is no longer the owner."""

@@ -1,10 +1,10 @@
-"""What a record of the log is: an event of a package, an administrative record, or no event of ours.
+"""What a record of the log is: an event of a package, an administrative record, or not an event of ours.
 
-Writers, readers, projections and verification all ask here, so that a record is the same to each of them. A record that
-is no event stops them until an operator confirms it by `artifact-store log skip`. That is recorded in the same
-partition as `v1.log.skipped`, further on: who meets such a record looks ahead for its digest. Offsets do not identify
-it, because they change when a log is copied; order does not change. So a skip covers records of that digest before it,
-and none behind it.
+Writers, readers, projections and verification all use this module, so that they agree about every record. A record that
+is not an event stops them until an operator confirms it by `artifact-store log skip`. The confirmation is recorded as
+`v1.log.skipped`, later in the same partition: a reader that meets such a record looks ahead for its digest. Offsets do
+not identify the record, because they change when a log is copied; the order does not change. So a skip covers records
+with its digest before it, but none after it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from schemas.identifiers import event_id, partition_id
 from services.log.port import Log, Record
 
 PartitionOf = Callable[[UUID], int]
-"""The partition that a package's events belong in."""
+"""Finds the partition of a package's events."""
 
 _SKIPPED_FRAMING = framing(LOG_SKIPPED)
 
@@ -40,20 +40,20 @@ _FEWEST_RECORDS = 10
 
 
 class BatchSize:
-    """How many records to ask for next, so that a batch holds about so many bytes. Estimated from the last records."""
+    """Estimates how many records to ask for, so that a batch has about a given size. Goes by the last records."""
 
     def __init__(self, max_bytes: int, max_records: int) -> None:
         self._bytes = max_bytes
         self._records = max_records
-        self._usual = max_bytes  # until one was read: a small first batch costs nothing
+        self._usual = max_bytes  # until records were read, because a small first batch costs nothing
 
     def most(self, bytes_at_hand: int = 0) -> int:
-        """The number, at least 10 if so many may be asked for; `bytes_at_hand` are in the batch already."""
+        """How many records to ask for, at least 10 if that is allowed; the batch has `bytes_at_hand` already."""
         fitting = (self._bytes - bytes_at_hand) // max(1, self._usual)
         return min(self._records, max(_FEWEST_RECORDS, fitting))
 
     def took(self, records: Sequence[Record]) -> int:
-        """Note what came; how many bytes that is."""
+        """Note the records that were read. Returns their size in bytes."""
         size = sum(len(record.value) for record in records)
         if records:
             self._usual = size // len(records)
@@ -62,7 +62,7 @@ class BatchSize:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that is no event of ours, and why. `digest` is `schemas.digests.record_digest` (32 bytes)."""
+    """A record that is not an event of ours, and why. `digest` is `schemas.digests.record_digest` (32 bytes)."""
 
     partition: int
     offset: int
@@ -70,18 +70,18 @@ class BadRecord:
     size_bytes: int
     cause: str
     foreign: bool = True
-    """Whether somebody else may have written it; in a log that nobody else writes to it is damaged."""
+    """Whether somebody else may have written it; in a log to which nobody else writes, it is damaged."""
 
     @classmethod
     def of(cls, record: Record, cause: str) -> BadRecord:
-        """What is kept of the record."""
+        """The description of this record."""
         key, value = record.key, record.value
         digest, size = record_digest(key, value), len(key) + len(value)
         return cls(record.partition, record.offset, digest, size, cause, foreign=record.sequence is None)
 
     @property
     def error(self) -> BadRecordError:
-        """What stops whoever meets it."""
+        """The error that stops everything that meets this record."""
         found = (
             f"the record at offset {self.offset} of partition {self.partition} is no event: {self.cause} "
             f"({self.size_bytes} bytes, digest {self.digest.hex()})"
@@ -95,7 +95,7 @@ class BadRecord:
 
 
 def read_record(record: Record, partition_of: PartitionOf) -> Event | BadRecord:
-    """The event in the record, administrative ones included, or why there is none. Raises as `partition_of`."""
+    """The event in the record (which may be administrative), or why there is none. Raises as `partition_of`."""
     try:
         event = decode(record.value)
     except UndecodableEventError as error:
@@ -105,9 +105,9 @@ def read_record(record: Record, partition_of: PartitionOf) -> Event | BadRecord:
 
 
 def misplacement(record: Record, aggregate_id: UUID, payload: object, partition_of: PartitionOf) -> str | None:
-    """Why a record that can be decoded does not belong where it lies; None when it does.
+    """Why a decodable record does not belong in its partition or under its key; None if it does.
 
-    `payload` need only be given of an administrative record, which belongs in the partition that it names.
+    `payload` is only needed for an administrative record, which belongs in the partition that it names.
     """
     if record.key != str(aggregate_id).encode():
         return "its key is not its package's id"
@@ -122,7 +122,7 @@ def misplacement(record: Record, aggregate_id: UUID, payload: object, partition_
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """What an operator confirms about one record of a partition, and the partition's writer records."""
+    """An operator's confirmation about one record of a partition, which the partition's writer records."""
 
     partition: int
     offset: int
@@ -130,33 +130,33 @@ class Confirmation:
     actor: str
     reason: str
     command_id: UUID
-    """A retry carries the same one."""
+    """The same in every retry."""
 
 
 @dataclass(frozen=True, slots=True)
 class SkipRecord(Confirmation):
-    """The record with this digest (`record_digest`), at this offset now, is no event."""
+    """The record with this digest (`record_digest`), now at this offset, is not an event."""
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptLoss(Confirmation):
-    """The log lacks the record with this digest (BLAKE3 over its value), which lay at this offset; go on without it."""
+    """The log lost the record with this digest (BLAKE3 over its value) at this offset; continue without it."""
 
 
 class AdministrativeHead(NamedTuple):
-    """The last administrative record of a partition in one log: its number, and its digest for the next one."""
+    """The last administrative record of a partition in one log: its sequence, and its digest for the next one."""
 
     sequence: int
     digest: bytes
 
     @classmethod
     def of(cls, event: Event) -> AdministrativeHead:
-        """The head once this record is in the log."""
+        """The head after this record."""
         return cls(event.sequence, event_digest(event))
 
 
 class AcceptedLoss(NamedTuple):
-    """A loss that an operator accepted: which record is missing, of which log, and how that was recorded."""
+    """A loss that an operator accepted: the missing record, its log, and how the acceptance was recorded."""
 
     log: UUID
     offset: int
@@ -166,7 +166,7 @@ class AcceptedLoss(NamedTuple):
 
     @classmethod
     def of(cls, event: Event, payload: LossAccepted) -> AcceptedLoss:
-        """What this record says."""
+        """The loss in this record."""
         log = payload.previous_log or payload.log
         head = AdministrativeHead.of(event)
         return cls(log, payload.expected_offset, payload.expected_digest, event.created_at, head)
@@ -180,7 +180,7 @@ def administrative_event(
     actor: str,
     command_id: UUID,
 ) -> Event:
-    """The event that records this, the next after `after` of its partition and log. `created_at` in µs since 1970."""
+    """The event that records this payload, after `after` in its partition and log. `created_at` is in µs since 1970."""
     aggregate = partition_id(payload.log, payload.partition)
     sequence = 1 if after is None else after.sequence + 1
     return Event(
@@ -200,12 +200,12 @@ def administrative_event(
 
 
 def is_administrative(event: Event) -> bool:
-    """Whether the event belongs to a partition and to no package."""
+    """Whether the event belongs to a partition and not to a package."""
     return isinstance(event.payload, AdministrativePayload)
 
 
 def skipped_by(record: Record, partition_of: PartitionOf) -> bytes | None:
-    """The digest that a record of an operator's confirmation names; None for every other record."""
+    """The digest in the record of an operator's confirmation; None for every other record."""
     if not record.value.startswith(_SKIPPED_FRAMING):
         return None
     found = read_record(record, partition_of)
@@ -213,19 +213,19 @@ def skipped_by(record: Record, partition_of: PartitionOf) -> bytes | None:
 
 
 class Skips:
-    """Which records of a log an operator has confirmed to be no events; looks ahead for that in the log."""
+    """Finds out which records of a log an operator has confirmed not to be events, by looking ahead in the log."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self._found: dict[tuple[int, bytes], int] = {}
-        """By partition and digest, the offset of the last skip."""
+        """The offset of the last skip, by partition and digest."""
         self._looked: dict[int, tuple[int, int]] = {}
-        """By partition, the offsets between which all is known."""
+        """The range of offsets in which all skips are known, by partition."""
 
     async def covers(self, bad: BadRecord) -> bool:
-        """Whether the record is passed over: its skip lies in the same partition, behind it.
+        """Whether the record is passed over, because its skip follows it in the same partition.
 
-        Reads the partition to its end, as far as it has not done so before. Raises as `Log.scan` and `Log.end`.
+        Reads the partition to its end, as far as it was not read before. Raises as `Log.scan` and `Log.end`.
         """
         partition = bad.partition
         if self._found.get((partition, bad.digest), -1) > bad.offset:

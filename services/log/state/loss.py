@@ -28,7 +28,7 @@ class Witness:
     """The log that the state was folded from."""
     anchor: Anchor
     where: str
-    """The file's path, or the object's key; of MEMORY, whose it is."""
+    """The file's path, the object's key or, for MEMORY, its owner."""
 
     @property
     def evidence(self) -> str:
@@ -43,7 +43,7 @@ class Loss:
     partition: int
     witness: Witness
     found: str
-    """What the log is or holds instead, as the end of a sentence that begins with `the log`."""
+    """What the log has instead, as the end of a sentence that begins with `the log`."""
     found_digest: bytes | None = None
     """The digest of the record that lies at the offset now, if there is one."""
 
@@ -75,7 +75,7 @@ class Loss:
 
     @property
     def detail(self) -> str:
-        """Both records, and what an operator can do."""
+        """A text with both records, and what an operator can do."""
         witness = self.witness
         return (
             f"partition {self.partition} lost what it had acknowledged: the {witness.kind} {witness.where} stands on "

@@ -35,25 +35,25 @@ from services.log.state.state_file import (
 )
 
 SAVE_EVENTS = 10_000
-"""A save is written after so many events, which a take-over reads again in less than half a second,"""
+"""A save is written after this many events, which a take-over reads again in less than half a second."""
 
 SAVE_SECONDS = 5.0
-"""and, if there was any, after so many seconds."""
+"""A save is also written after this time, if there was any event."""
 
 MAX_ENTRIES = 120_000
-"""Files, folders and commands of all open packages in memory, at about 1 KiB each. A large one that was used since the
-last save, and those that are worked on beside the partition, come on top."""
+"""The most files, folders and commands of open packages in memory, at about 1 KiB each. A large package that was used
+since the last save, and packages with background jobs, are not counted."""
 
 LARGE = 2_000
-"""A package with more events than this is not read back from the file while others wait; that many take about 20 ms."""
+"""A package with more events than this is not read back from the file while others wait; this many take about 20 ms."""
 
 _MAX_ABSENT = 10_000
 
 TIDY_SECONDS = 0.2
-"""The pause between two turns in which a large package's commands are made answers."""
+"""The pause between two turns in which commands of large finalized packages are turned into answers."""
 
 PUT_AWAY_SECONDS = 5.0
-"""The pause between two looks at some packages, whether they take commands still."""
+"""The pause between two turns in which some packages are checked for whether they still accept commands."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ _LOG = logging.getLogger(__name__)
 class PartitionState:
     """Packages by id, and the state's position in the log. Used by one thread; every method may block on the file.
 
-    All raise StateFileError, after which the state is to be closed.
+    All raise StateFileError, after which the state must be closed.
     """
 
     def __init__(self, file: StateFile, *, max_entries: int = MAX_ENTRIES) -> None:
@@ -74,7 +74,7 @@ class PartitionState:
         self._entries: dict[UUID, int] = {}
         self._held = 0
         self._absent: set[UUID] = set()
-        """Packages that were looked for in vain: what creates one asks twice."""
+        """Packages that were not found, because a command that creates a package asks for it twice."""
         self._changed: set[UUID] = set()
         self._ahead = False
         self._unsaved = 0
@@ -86,18 +86,18 @@ class PartitionState:
         self.pinned: set[UUID] = set()
         """Packages that stay in memory."""
         self.memory_only: str | None = "the disk has no room for its file" if file.alone else None
-        """Why the newest part of the state is in memory alone, which a full disk makes it; None when it is not."""
+        """Why the newest part of the state is only in memory, as it is on a full disk; None if it is in the file."""
         self.last_created_at = file.anchor.last_created_at
         self.next_offset = file.anchor.next_offset
 
     @property
     def path(self) -> Path:
-        """Where the file is."""
+        """The path of the file."""
         return self._file.path
 
     @property
     def shared(self) -> bool:
-        """Whether others can open the file, as a copy of it needs; not while the disk is full."""
+        """Whether others can open the file, which copying it needs; not while the disk is full."""
         return not self._file.alone
 
     @property
@@ -112,16 +112,16 @@ class PartitionState:
 
     @property
     def anchor(self) -> Anchor:
-        """The last record that was read from the log, as the next save names it."""
+        """The last record that was read from the log, which the next save will name."""
         if self._last_value is None:
             return self._file.anchor
         return Anchor(self.next_offset, value_digest(self._last_value), self.last_created_at)
 
     def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
-        """The package, None when the partition has no event of it.
+        """The package; None if the partition has no event of it.
 
-        For a finalized package only the result of this command is sure to be known, and nothing after
-        ANSWERS_KEPT_MICROS. For an open one nothing is known once it takes no more commands.
+        For a finalized package, only the result of this command is certain to be known, and nothing after
+        ANSWERS_KEPT_MICROS. For an open package, no commands are known once it accepts no more of them.
         """
         state = self._whole(package_id, command_id)
         return state.remains() if state is not None and self._is_over(state) else state
@@ -151,7 +151,7 @@ class PartitionState:
     def away(self, package_id: UUID) -> bool:
         """Whether the package is open, large, and only in the file, so that `package` would take long.
 
-        A smaller one is read back now: while a batch is decided, other partitions' writers wait.
+        Smaller packages are read back here, because other partitions' writers wait while a batch is decided.
         """
         if self._file.alone or package_id in self._packages or package_id in self._absent:
             return False
@@ -267,8 +267,9 @@ class PartitionState:
         return self._unsaved >= SAVE_EVENTS or (self._unsaved > 0 and time.monotonic() > self._saved_at + SAVE_SECONDS)
 
     def save(self) -> None:
-        """Write changes to the file, and drop what need not be in memory. Does nothing while ahead of the log. While
-        the disk is full, changes stay in memory, up to `max_entries` files and commands; beyond that it raises.
+        """Write changes to the file, and drop what need not be in memory. Does nothing while ahead of the log.
+
+        While the disk is full, changes stay in memory, up to `max_entries` files and commands; beyond that it raises.
         """
         if self._ahead or self._last_value is None:
             return
@@ -333,10 +334,9 @@ class PartitionState:
         self._tidied_at = time.monotonic()
 
     def put_away(self) -> None:
-        """Of open packages that take no more commands, keep only what is needed to refuse commands; some packages at a
-        time.
+        """Keep only what is needed to refuse commands of open packages that accept no more; some packages at a time.
 
-        Call it while the state has all of the log: an older release may have continued such a package.
+        Call it while the state has the whole log, because an older release may have continued such a package.
         """
         if self._ahead or self._unsaved or time.monotonic() < self._put_away_at + PUT_AWAY_SECONDS:
             return
@@ -350,8 +350,10 @@ class PartitionState:
         self._put_away_at = time.monotonic()
 
     def close(self) -> bool:
-        """Save what is certain and close the file; a broken one is deleted. Never raises: another state comes next.
-        Returns whether the file has everything that was read from the log.
+        """Save what is confirmed and close the file; a broken file is deleted.
+
+        Never raises, because another state comes next. Returns whether the file has everything that was read from the
+        log.
         """
         saved = False
         try:
@@ -383,8 +385,9 @@ class PartitionState:
         return self.last_created_at - ANSWERS_KEPT_MICROS
 
     def _make_room(self, *held: UUID) -> None:
-        """Drop the least recently used open packages if there are too many files and commands in memory, except those
-        in `held`. A large one that is in use would take seconds to read back each time.
+        """Drop the least recently used open packages if there are too many files and commands in memory.
+
+        Packages in `held` are kept. So are large packages in use, which would take seconds to read back each time.
         """
         if self._held <= self._max_entries:
             return
@@ -400,8 +403,9 @@ class PartitionState:
             self._forget(package_id)
 
     def _hold(self, state: PackageState) -> None:
-        """Keep a package that was just read from the file and is about to be used. More packages may be read than
-        changed between two saves, so this makes room, too.
+        """Keep a package that was just read from the file and is about to be used.
+
+        More packages may be read than changed between two saves, so this also makes room.
         """
         self._keep(state, state.sequence)
         self._used.add(state.package_id)
@@ -414,7 +418,7 @@ class PartitionState:
         self._absent.add(package_id)
 
     def _note_change(self, state: PackageState, *, new: bool) -> None:
-        """Have the next save write the package, which is held from now on if it is new."""
+        """Let the next save write the package, which is held from now on if it is new."""
         if new:
             self._keep(state, 0)
             self._absent.discard(state.package_id)

@@ -41,7 +41,7 @@ FROM_SNAPSHOT = "snapshot"
 FROM_LOG = "log"
 
 WORTH_OFFSETS = 50_000
-"""How far a snapshot must be ahead of the file for it to be fetched instead."""
+"""How many offsets a snapshot must be ahead of the file for it to be fetched instead."""
 
 _FETCHED = ".fetched"
 _LOG = logging.getLogger(__name__)
@@ -49,12 +49,12 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Where the writers of a process keep their states, and where they may find other states."""
+    """The places where the writers of a process keep their states, and where they may find others."""
 
     folder: Path
     snapshots: Snapshots | None = None
     remembered: dict[int, tuple[UUID, Anchor]] = field(default_factory=dict)
-    """By partition, the log and the record that a writer of this process read last, maybe newer than any file."""
+    """By partition, the log and the last record that a writer of this process has read; may be newer than any file."""
 
 
 def candidates(
@@ -65,9 +65,10 @@ def candidates(
     states: States,
     stopping: Callable[[], bool],
 ) -> Iterator[tuple[str, PartitionState]]:
-    """States to continue from, the best first, each with its source; snapshots only if fetching them is worth it. The
-    caller calls `discard` on a state that it does not use. Blocks. Raises StateFileError; PartitionNotOwnedError
-        when `stopping` came true.
+    """States to continue from, best first, each with its source; snapshots only if fetching them is worth it.
+
+    The caller must call `discard` on a state that it does not use. Blocks. Raises StateFileError;
+    PartitionNotOwnedError if `stopping` became true.
     """
     at_least = 0 if file is None else file.anchor.next_offset + WORTH_OFFSETS
     try:
@@ -95,9 +96,9 @@ def _fresh(slot: Slot, origin: LogPartition) -> StateFile:
 
 
 def stored(states: States, origin: LogPartition, stopping: Callable[[], bool]) -> Stored:
-    """What the store has of the partition; nothing, with a log message, when it does not answer.
+    """What the store has of the partition; nothing, with a log message, if it does not answer.
 
-    Blocks. Raises PartitionNotOwnedError when `stopping` came true.
+    Blocks. Raises PartitionNotOwnedError if `stopping` became true.
     """
     if states.snapshots is None:
         return Stored()
@@ -111,9 +112,9 @@ def stored(states: States, origin: LogPartition, stopping: Callable[[], bool]) -
 def witnesses(
     states: States, found: Stored, origin: LogPartition, end: int, stopping: Callable[[], bool]
 ) -> Iterator[Witness]:
-    """All evidence of records: witnesses, and snapshots beyond `end` without a witness, which are fetched.
+    """All evidence of records: witnesses, and those of snapshots beyond `end` without a witness, which are fetched.
 
-    Blocks. Raises PartitionNotOwnedError when `stopping` came true.
+    Blocks. Raises PartitionNotOwnedError if `stopping` became true.
     """
     yield from found.witnesses
     known = {witness.anchor.next_offset for witness in found.witnesses if witness.log == origin.identity}
@@ -128,7 +129,7 @@ def witnesses(
 def _fetched(
     snapshots: Snapshots | None, snapshot: Snapshot, origin: LogPartition, slot: Slot, stopping: Callable[[], bool]
 ) -> bool:
-    """Fetch a snapshot beside the slot's file; False, with a log message, when it cannot be used."""
+    """Fetch a snapshot beside the slot's file. Returns False, with a log message, if it cannot be used."""
     path = _beside(slot)
     if snapshots is None:
         return False
@@ -233,7 +234,7 @@ def claim(folder: Path, origin: LogPartition, lost: Callable[[Witness], Loss | N
 
 
 def require_own_folder(folder: Path) -> None:
-    """Create the folder of the states, or check the one that is there. Blocks.
+    """Create the folder of the states, or check the existing one. Blocks.
 
     A writer trusts its files, and SQLite trusts the files beside them. Raises ExposedFolderError; StateFileError: the
     folder cannot be used.
@@ -288,7 +289,7 @@ def _lock_of(path: Path) -> FileLock:
 
 
 def _looked_at(slot: Slot, origin: LogPartition, lost: Callable[[Witness], Loss | None]) -> StateFile | Loss | None:
-    """The state in the slot, or the loss that it proves; None when there is no usable state."""
+    """The state in the slot, or the loss that it proves; None if there is no usable state."""
     if not slot.path.exists():
         remove(slot.path)  # files that SQLite kept beside a deleted one
         return None
@@ -314,7 +315,7 @@ def _looked_at(slot: Slot, origin: LogPartition, lost: Callable[[Witness], Loss 
 
 
 def _refuse_stranger(path: Path) -> None:
-    """Raises UnusableStateError for a state that another user made or may change: a writer would trust it."""
+    """Raise UnusableStateError for a state that another user made or may change, because a writer would trust it."""
     for file in files_of(path):  # SQLite reads files beside it as its newest part
         if file.exists() and (file.stat().st_uid != os.geteuid() or not only_we_write(file)):
             raise UnusableStateError(f"{file} belongs to another user, or others may write it")

@@ -6,10 +6,10 @@ use are kept. An unusable snapshot is skipped: the log has everything. Parts are
 digests, and zlib takes five times as long as everything else to halve their size.
 
 Beside each snapshot lies a witness, `snapshots/witnesses/<topic>/<partition>/<position>-<time>-<log>-<digest>`, whose
-name identifies the state's last record. It shows a writer on any machine that the log lost that record, even when the
-topic was created again and the log is another one. A writer whose own file proves a loss leaves a witness as well.
+name identifies the state's last record. It shows a writer on any machine that the log lost that record, even if the
+topic was created again and the log is another one. A writer whose own file proves a loss stores a witness as well.
 
-Others who may write to the bucket must not decide what a writer trusts. With a key, indexes and witnesses carry a tag,
+Others who may write to the bucket must not decide what a writer trusts. With a key, indexes and witnesses have a tag,
 BLAKE3 keyed with it. An object with a missing or wrong tag is ignored.
 """
 
@@ -40,28 +40,28 @@ from services.log.state.state_file import FORMAT, Anchor, LogPartition, StateFil
 from services.runtime.file_system import PRIVATE_FOLDER, private_file
 
 SNAPSHOT_OFFSETS = 50_000
-"""A snapshot is made when the log went on by so many offsets since the last one,"""
+"""A snapshot is made when the log has advanced by this many offsets since the last one."""
 
 SNAPSHOT_SECONDS = 60.0
-"""not before so many seconds have passed,"""
+"""The least time between two snapshots."""
 
 SNAPSHOT_SHARE = 0.1
-"""and so that making snapshots takes at most this part of the time."""
+"""The largest share of the time that making snapshots may take."""
 
 CLOSING_OFFSETS = 10_000
-"""On a clean close, one is made already when the log went on by so many; fewer are read in about a second."""
+"""On a clean close, a snapshot is made after this many offsets already; fewer are read in about a second."""
 
 KEPT = 2
 PART_BYTES = 4 << 20
 
 _FORMAT = 1
 _UNNAMED_FORMAT = 4
-"""That of state files while names had none."""
+"""The format of state files in snapshots whose names have no format."""
 _FOLDER = re.compile(r"([0-9]{1,20})-(?:([0-9]{1,9})-)?[^-/]+")
 _WITNESS = re.compile(r"(([0-9]{20})-([0-9]{20})-([0-9a-f]{32})-([0-9a-f]{64}))(?:-([0-9a-f]{64}))?")
 _ANSWER_SECONDS = 60.0
 _LIST_SECONDS = 10.0
-"""How long a take-over waits for what the store has; without an answer it goes on, for the log has everything."""
+"""How long a take-over waits for the store's list. Without an answer it continues, because the log has everything."""
 _LOOK_SECONDS = 0.1
 _TEMPORARY = "snapshot-"
 _LEFT_SECONDS = 3_600.0
@@ -81,12 +81,12 @@ class Snapshot:
     next_offset: int
     prefix: str
     format: int
-    """That of the state file in it."""
+    """The format of the state file in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What the store has of a partition: whole snapshots of its log, and witnesses, which may be of other logs."""
+    """The store's objects of a partition: complete snapshots of its log, and witnesses, which may be of other logs."""
 
     snapshots: Sequence[Snapshot] = ()
     witnesses: Sequence[Witness] = ()
@@ -105,7 +105,7 @@ class Snapshots:
     """Snapshots of one log. Their work runs in a separate thread, and on the store's event loop."""
 
     def __init__(self, store: SnapshotStore, loop: asyncio.AbstractEventLoop, key: bytes | None = None) -> None:
-        """`key`: 32 bytes that all writers share. Without it, everything in the store is trusted."""
+        """`key` is 32 bytes that all writers share. Without it, everything in the store is trusted."""
         self._store = store
         self._key = key
         self._loop = loop
@@ -126,20 +126,20 @@ class Snapshots:
             progress.running = self._later(what, self._make, origin, path, progress, next_offset, wanted)
 
     def restored(self, partition: int, next_offset: int) -> None:
-        """A writer continued from the snapshot that ends there: it need not be made again."""
+        """Note that a writer continued from the snapshot that ends there, which need not be made again."""
         self._progress[partition] = _Progress(next_offset, time.monotonic())
 
     def look(self, origin: LogPartition, stopping: Callable[[], bool]) -> Stored:
         """What the store has of the partition.
 
-        Blocks, for some seconds at most. Raises SnapshotError; PartitionNotOwnedError when `stopping` came true.
+        Blocks for at most some seconds. Raises SnapshotError; PartitionNotOwnedError if `stopping` became true.
         """
         return self._result(self._begin(self._look(origin)), stopping, _LIST_SECONDS)
 
     def witness_of(
         self, snapshot: Snapshot, origin: LogPartition, folder: Path, stopping: Callable[[], bool]
     ) -> Witness:
-        """The witness of a snapshot of older releases, which wrote none: fetches the snapshot to find its last record.
+        """The witness for a snapshot of an older release, which wrote none: fetches the snapshot for its last record.
 
         Blocks. Raises SnapshotError, StateFileError, PartitionNotOwnedError.
         """
@@ -155,7 +155,7 @@ class Snapshots:
         return Witness(SNAPSHOT, origin.identity, file.anchor, snapshot.prefix)
 
     def testify(self, origin: LogPartition, witnesses: Iterable[Witness]) -> None:
-        """Leave these witnesses in the store, so that writers on other machines find them. Does not block."""
+        """Store these witnesses, so that writers on other machines find them. Does not block."""
         for witness in witnesses:
             self._later(f"no witness of partition {origin.partition} was left", self._put_witness, origin, witness)
 
@@ -175,7 +175,7 @@ class Snapshots:
                 coming = self._begin(self._store.get_object(_part_key(snapshot, 0)))
                 for number, digest in enumerate(digests, start=1):
                     data = self._result(coming, stopping)
-                    if number < len(digests):  # is fetched while this one is checked
+                    if number < len(digests):  # the next part is fetched while this one is checked
                         coming = self._begin(self._store.get_object(_part_key(snapshot, number)))
                     if data is None or blake3(data).hexdigest() != digest:
                         raise SnapshotError(f"part {number} is missing or damaged")
@@ -188,14 +188,16 @@ class Snapshots:
             raise SnapshotError(f"it cannot be written to the disk: {error.strerror}") from error
 
     def close(self, seconds: float) -> None:
-        """Wait for snapshots that are being made, `seconds` at most, then give them up; blocks."""
+        """Wait at most `seconds` for running snapshots, then give them up; blocks."""
         wait(list(self._running), seconds)
         self._closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _make(self, origin: LogPartition, path: Path, progress: _Progress, stands: int, wanted: int) -> None:
-        """Unless there is one fewer than `wanted` offsets before the file's position `stands`: made meanwhile, or by
-        another process. One that goes further comes from a successor, or from records that were lost.
+        """Make a snapshot, unless one exists less than `wanted` offsets before the file's position `stands`.
+
+        It may have been made meanwhile, or by another process. A snapshot beyond that position comes from a successor,
+        or has records that were lost.
         """
         began = time.monotonic()
         try:
@@ -261,7 +263,7 @@ class Snapshots:
         self._wait(self._store.put_object(self._witness_key(origin, witness), json.dumps(about).encode()))
 
     def _remove_witness(self, origin: LogPartition, witness: Witness) -> None:
-        """The witness last: while it is there, the rest of its snapshot need not be fetched."""
+        """Remove the witness last: while it exists, the rest of its snapshot need not be fetched."""
         of_its_log = replace(origin, identity=witness.log)
         for key in self._wait(self._store.list_objects(_prefix(of_its_log))):
             found = _snapshot_of(key, of_its_log)
@@ -270,8 +272,9 @@ class Snapshots:
         self._wait(self._store.delete_object(self._witness_key(origin, witness)))
 
     def _prune(self, origin: LogPartition, next_offset: int) -> None:
-        """Remove what is older than the newest KEPT that end there or before. A part of one may still be arriving.
-        Snapshots of a newer format are left to the releases that know it.
+        """Remove snapshots older than the newest KEPT ones that end at `next_offset` or before.
+
+        Newer ones may still be incomplete. Snapshots of a newer format are left to the releases that know it.
         """
         whole = sorted(found for found in self._whole(origin) if found.next_offset <= next_offset)
         if len(whole) < KEPT:
@@ -291,7 +294,7 @@ class Snapshots:
                 self._wait(self._store.delete_object(key))
 
     def _whole(self, origin: LogPartition) -> list[Snapshot]:
-        """Those of this release's format."""
+        """The complete snapshots in this release's format."""
         keys = self._wait(self._store.list_objects(_prefix(origin)))
         return [found for found in _whole_of(keys, origin) if found.format == FORMAT]
 
@@ -312,7 +315,7 @@ class Snapshots:
         return f"{_witnesses(origin)}{name}" + (f"-{_tag(self._key, [*_place(origin), name])}" if self._key else "")
 
     def _witness_of(self, origin: LogPartition, key: str) -> Witness | None:
-        """The witness whose object this is; None for a foreign object."""
+        """The witness in this object; None for a foreign object."""
         found = _WITNESS.fullmatch(key.rpartition("/")[2])
         if found is None:
             return None
@@ -322,7 +325,7 @@ class Snapshots:
         return Witness(SNAPSHOT, UUID(found[4]), anchor, key)
 
     def _wait(self, act: Coroutine[Any, Any, _T]) -> _T:
-        """Run it on the loop, for the snapshots' thread. Raises SnapshotError, PartitionNotOwnedError at the end."""
+        """Run `act` on the loop, for the snapshots' thread. Raises SnapshotError, PartitionNotOwnedError at the end."""
         return self._result(self._begin(act), self._closed.is_set)
 
     def _begin(self, act: Coroutine[Any, Any, _T]) -> Future[_T]:
@@ -347,7 +350,7 @@ class Snapshots:
             raise SnapshotError("the process ends") from None
         except ArtifactStoreError as error:
             raise SnapshotError(error.detail) from error
-        # Whatever failed in the blob store, the log has everything.
+        # Any failure of the blob store is harmless, because the log has everything.
         except Exception as error:
             raise SnapshotError(f"the blob store failed ({type(error).__name__})") from error
 
@@ -357,8 +360,9 @@ def _identity(origin: LogPartition) -> dict[str, object]:
 
 
 def read_index(data: bytes, expected: Mapping[str, object], key: bytes | None) -> dict[str, Any]:
-    """A snapshot's index, with a tag of this `key` and the `expected` content. Raises SnapshotError. Anyone who may
-    write to the bucket may have written it.
+    """A snapshot's index, with a tag of this `key` and the `expected` content. Raises SnapshotError.
+
+    Anyone who may write to the bucket may have written it.
     """
     try:
         index = json.loads(data)
@@ -408,7 +412,7 @@ def _witnesses(origin: LogPartition) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete the copies of processes that were killed."""
+    """Delete the copies that killed processes have left."""
     limit = time.time() - _LEFT_SECONDS
     for left in folder.glob(f"{_TEMPORARY}*"):
         if left.is_dir() and left.stat().st_mtime < limit:

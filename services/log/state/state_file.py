@@ -50,7 +50,7 @@ from services.runtime.file_system import private_file
 
 _APPLICATION_ID = 0x61727470
 FORMAT = 6
-"""The format of tables and rows. A file of the format before is converted; any other one is discarded."""
+"""The format of tables and rows. A file of the previous format is converted; any other is discarded."""
 
 _FORMAT_BEFORE = 5
 READABLE_FORMATS = frozenset({_FORMAT_BEFORE, FORMAT})
@@ -80,7 +80,7 @@ _NO_ROOM = frozenset(
         sqlite3.SQLITE_IOERR_TRUNCATE,
     }
 )
-"""Extended codes that do not either: SQLite could not create or write a file beside it."""
+"""Extended codes that also say nothing about the file: SQLite could not create or write a file beside it."""
 
 _DISK_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 _DISK_FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -99,7 +99,7 @@ _LOOK_ROWS = 100
 _UNKNOWN = PackageCreated("", "", "", "", None, "{}")
 
 AT_ONCE = 2_000
-"""`tidy` turns about so many commands and files into answers at a time, which takes about 20 ms."""
+"""`tidy` turns about this many commands and files into answers at a time, which takes about 20 ms."""
 
 _TABLES = (
     # One row: the state's log and partition, its anchor, and the id of the next row of answers.
@@ -121,11 +121,11 @@ _TABLES = (
 
 
 class StateFileError(UnavailableError):
-    """The file cannot be used at the moment. Except for a DiskFullError, the partition is taken over again."""
+    """The file cannot be used at the moment. Unless it is a DiskFullError, the partition is taken over again."""
 
 
 class DiskFullError(StateFileError):
-    """The disk is full. What was saved before is intact; the state stays in memory until there is room."""
+    """The disk is full. Earlier saves are intact; the state stays in memory until there is room."""
 
 
 class UnusableStateError(StateFileError):
@@ -152,7 +152,7 @@ class LogPartition:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """The last record that was folded into a state. The state is compared with the log by it."""
+    """The last record that was folded into a state, by which the state is compared with the log."""
 
     next_offset: int = 0
     """The offset after that record."""
@@ -171,7 +171,7 @@ class Irregular:
     skipped: int = 0
     """How many records are not events and are skipped, as an operator confirmed."""
     repeated: int = 0
-    """How many events their packages had already, and are skipped."""
+    """How many events are repeats, and are skipped."""
     quarantined: dict[UUID, str] = field(default_factory=dict)
     """Packages whose history the log contradicts, and how."""
     accepted: list[AcceptedLoss] = field(default_factory=list)
@@ -179,7 +179,7 @@ class Irregular:
 
 
 class Summary(NamedTuple):
-    """Of a package in the file: its status and last event, and when it was created (µs since 1970)."""
+    """A package in the file: its status and last event, and when it was created (µs since 1970)."""
 
     status: str
     created_at: int
@@ -188,7 +188,7 @@ class Summary(NamedTuple):
 
 
 class StateFile:
-    """For use by one thread at a time. Every method blocks, and raises StateFileError."""
+    """The file. For use by one thread at a time. Every method blocks, and raises StateFileError."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class StateFile:
         """Use `open`, `create` or `in_memory`."""
         self.path = path
         self.alone = alone
-        """Whether nobody else can open it, because it is in memory or was opened on a full disk. See `shared`."""
+        """Whether others cannot open it, because it is in memory or was opened on a full disk. See `shared`."""
         self.anchor = anchor
         self._connection = connection
         self.origin = origin
@@ -225,7 +225,7 @@ class StateFile:
 
     @classmethod
     def in_memory(cls, path: Path, origin: LogPartition) -> Self:
-        """Create a state in memory, for a full disk. It takes MEMORY_BYTES at most; `shared` writes it to `path`."""
+        """Create a state in memory, for a full disk. It takes at most MEMORY_BYTES; `shared` writes it to `path`."""
         with _explained(path):
             connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
@@ -388,7 +388,7 @@ class StateFile:
             raise
 
     def tidy(self) -> None:
-        """Turn some more commands of large finalized packages into answers, in a transaction of its own."""
+        """Turn some more commands of large finalized packages into answers, in a separate transaction."""
         with self._using(reading=True), _transaction(self._connection):
             execute = self._connection.execute
             row = execute("SELECT * FROM untidy ORDER BY id LIMIT 1").fetchone()
@@ -411,7 +411,7 @@ class StateFile:
     def put_away(self, idle_before: int) -> set[UUID]:
         """Delete files and commands of open packages whose last event is older than `idle_before` (µs); which ones.
 
-        Looks at some packages in a transaction of its own, and continues there the next time.
+        Checks some packages in a separate transaction, and continues there the next time.
         """
         with self._using(reading=True), _transaction(self._connection):
             execute = self._connection.execute
@@ -724,7 +724,7 @@ def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> I
 
 
 ROW_ENTRIES = 128
-"""A row of commands holds about so many commands and files, a row of answers so many commands."""
+"""A row of commands has about this many commands and files, a row of answers this many commands."""
 
 _CHECKSUM = 4
 _ID_BYTES = 16
