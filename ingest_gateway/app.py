@@ -30,7 +30,8 @@ from ingest_gateway.protocol.http_errors import (
     answer_of,
     internal,
 )
-from ingest_gateway.protocol.request import ACTOR, Call
+from ingest_gateway.protocol.parameters import ACTOR
+from ingest_gateway.protocol.request import Call
 from ingest_gateway.routes import (
     archives,
     event_feed,

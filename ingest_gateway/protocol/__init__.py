@@ -1,6 +1,7 @@
 """HTTP for the gateway: connections, requests, answers and problems. It knows no route.
 
-Begin with `request`: a `Call` is one request, read and answered. `declaration` is how a route is declared.
+Begin with `request`: a `Call` is one request, read and answered. `declaration` is how a route is declared, and
+`parameters` has what routes read from path, query and headers.
 `connections` bounds what arrives before there is a request; `negotiation`, `codings` and `json_body` read headers and
 bodies and know nothing of the rest.
 

@@ -29,7 +29,8 @@ from ingest_gateway.protocol.http_errors import (
     MalformedHttpError,
     UnknownHostError,
 )
-from ingest_gateway.protocol.request import Call, Parameter
+from ingest_gateway.protocol.parameters import Parameter
+from ingest_gateway.protocol.request import Call
 from services.core.access import Right
 
 Handler = Callable[[Call], Awaitable[web.StreamResponse]]

@@ -36,20 +36,22 @@ from ingest_gateway.protocol.codings import CODINGS, decoded
 from ingest_gateway.protocol.declaration import BINARY, Body, Route, Success
 from ingest_gateway.protocol.http_errors import PreconditionFailedError, UnsupportedMediaTypeError
 from ingest_gateway.protocol.negotiation import not_modified
-from ingest_gateway.protocol.request import (
+from ingest_gateway.protocol.parameters import (
     ACTOR,
     AFTER,
     DIGESTS,
-    ETAG,
     IDEMPOTENCY_KEY,
     IF_MATCH,
     IF_NONE_MATCH,
-    IMMUTABLE,
-    JSON,
     LARGEST,
     PACKAGE_ID,
-    TEXT,
     WAIT_SEQUENCE,
+)
+from ingest_gateway.protocol.request import (
+    ETAG,
+    IMMUTABLE,
+    JSON,
+    TEXT,
     Call,
     bytes_answer,
     json_answer,

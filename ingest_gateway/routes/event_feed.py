@@ -30,15 +30,11 @@ from ingest_gateway.event_tail import Feed, Form, Frame, feed
 from ingest_gateway.protocol.declaration import Route, Stream, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError
 from ingest_gateway.protocol.negotiation import choose
-from ingest_gateway.protocol.request import (
-    ETAG,
+from ingest_gateway.protocol.parameters import (
     FINGERPRINT,
     FOLLOW,
-    IMMUTABLE,
-    JSON,
     LAST_EVENT_ID,
     MANIFESTS,
-    NOT_KEPT,
     OF_PACKAGE,
     OF_PRODUCER,
     OF_RETENTION_CLASS,
@@ -47,6 +43,12 @@ from ingest_gateway.protocol.request import (
     ORDER,
     POSITIONS,
     SINCE,
+)
+from ingest_gateway.protocol.request import (
+    ETAG,
+    IMMUTABLE,
+    JSON,
+    NOT_KEPT,
     TEXT,
     Call,
     bytes_answer,

@@ -33,27 +33,29 @@ from artifact_store.rules import check_path, check_text
 from ingest_gateway.protocol.declaration import BINARY, Body, Route, Success
 from ingest_gateway.protocol.http_errors import PreconditionFailedError
 from ingest_gateway.protocol.negotiation import not_modified, requested
-from ingest_gateway.protocol.request import (
+from ingest_gateway.protocol.parameters import (
     ACTOR,
     CONTENT_ADDRESS,
     CURSOR,
     DIGESTS,
-    ETAG,
     FILE_ID,
     IDEMPOTENCY_KEY,
     IF_MATCH,
     IF_NONE_MATCH,
     IF_RANGE,
-    IMMUTABLE,
-    JSON,
     LIMIT,
-    LOCATION,
-    NOT_KEPT,
     PACKAGE_ID,
     RANGE,
     RELATIVE_PATH,
-    TEXT,
     WAIT_SEQUENCE,
+)
+from ingest_gateway.protocol.request import (
+    ETAG,
+    IMMUTABLE,
+    JSON,
+    LOCATION,
+    NOT_KEPT,
+    TEXT,
     Call,
     bytes_answer,
     declared,

@@ -21,16 +21,18 @@ from artifact_store.registry import ManifestFormat
 from ingest_gateway.protocol.declaration import BINARY, Route, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError, PreconditionFailedError
 from ingest_gateway.protocol.negotiation import choose, not_modified
-from ingest_gateway.protocol.request import (
-    ETAG,
+from ingest_gateway.protocol.parameters import (
     IF_MATCH,
     IF_NONE_MATCH,
+    PACKAGE_ID,
+    WAIT_SEQUENCE,
+)
+from ingest_gateway.protocol.request import (
+    ETAG,
     IMMUTABLE,
     JSON,
-    PACKAGE_ID,
     SENT_AT_ONCE_BYTES,
     TEXT,
-    WAIT_SEQUENCE,
     Call,
     bytes_answer,
 )

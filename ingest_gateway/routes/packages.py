@@ -36,22 +36,24 @@ from artifact_store.models import DEFAULT_PAGE, PackageFilter
 from ingest_gateway.admission import Quota
 from ingest_gateway.protocol.declaration import Body, Route, Success
 from ingest_gateway.protocol.http_errors import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
-from ingest_gateway.protocol.request import (
+from ingest_gateway.protocol.parameters import (
     ACTOR,
     CURSOR,
     DIGESTS,
     IDEMPOTENCY_KEY,
-    JSON,
     LIMIT,
-    LOCATION,
     MANIFEST_DIGEST,
     PACKAGE_ID,
     PRODUCER,
     RETENTION_CLASS,
     STATUS,
     SUBJECT,
-    TEXT,
     WAIT_SEQUENCE,
+)
+from ingest_gateway.protocol.request import (
+    JSON,
+    LOCATION,
+    TEXT,
     Call,
     json_answer,
 )

@@ -45,7 +45,7 @@ from ingest_gateway.protocol.http_errors import (
     UnsupportedMediaTypeError,
     answer_of,
 )
-from ingest_gateway.protocol.request import (
+from ingest_gateway.protocol.parameters import (
     ACTOR,
     CONTENT_ADDRESS,
     CONTENT_DIGEST,
@@ -53,17 +53,19 @@ from ingest_gateway.protocol.request import (
     DIGESTS,
     FILE_DIGEST,
     IDEMPOTENCY_KEY,
-    JSON,
-    LOCATION,
     PACKAGE_ID,
-    TEXT,
     UPLOAD_ID,
     WAIT_SEQUENCE,
-    Call,
     Parameter,
+    whole_number,
+)
+from ingest_gateway.protocol.request import (
+    JSON,
+    LOCATION,
+    TEXT,
+    Call,
     declared,
     json_answer,
-    whole_number,
 )
 from ingest_gateway.routes.files import ANY_MEDIA_TYPE
 from ingest_gateway.routes.packages import INGESTING, READING, WRITING

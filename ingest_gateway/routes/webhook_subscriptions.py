@@ -45,18 +45,20 @@ from artifact_store.registry import NOW
 from artifact_store.rules import check_text, parse_number
 from ingest_gateway.gateway import Subscribing
 from ingest_gateway.protocol.declaration import Body, Route, Success
-from ingest_gateway.protocol.request import (
+from ingest_gateway.protocol.parameters import (
     CURSOR,
     DIGESTS,
     IDEMPOTENCY_KEY,
-    JSON,
     LIMIT,
-    LOCATION,
     OF_TYPE,
     SINCE,
+    Parameter,
+)
+from ingest_gateway.protocol.request import (
+    JSON,
+    LOCATION,
     TEXT,
     Call,
-    Parameter,
     json_answer,
 )
 from ingest_gateway.routes.packages import READING, link_to_next

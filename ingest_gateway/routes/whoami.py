@@ -8,7 +8,12 @@ from artifact_store.documents import times
 from artifact_store.documents.shapes import GrantShape, LoginAnswer, LoginIssuer, WhoAmIAnswer
 from artifact_store.errors import UnavailableError
 from ingest_gateway.protocol.declaration import Route, Success
-from ingest_gateway.protocol.request import ACTOR, JSON, Call, json_answer
+from ingest_gateway.protocol.parameters import ACTOR
+from ingest_gateway.protocol.request import (
+    JSON,
+    Call,
+    json_answer,
+)
 
 
 async def whoami(call: Call) -> web.StreamResponse:

@@ -54,10 +54,10 @@ async def test_a_put_enters_few_modules_from_socket_to_answer(real_settings: Set
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(server.run(real_settings, stop=stop, ready=url.set_result))
             async with aiohttp.ClientSession(await url) as session:
-                package_id = await _create(session)
-                await _put(session, package_id, "first.csv")
                 # Whoever takes a partition over enters modules that no request does.
                 await until(lambda: _is_ready(session), 60, "the gateway does not own all partitions")
+                package_id = await _create(session)
+                await _put(session, package_id, "first.csv")
                 with entered.recorded() as found:
                     await _put(session, package_id, "second.csv")
             stop.set()

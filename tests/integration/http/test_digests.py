@@ -15,7 +15,12 @@ import pytest
 
 from artifact_store.documents.resumable_uploads import encode_metadata
 from ingest_gateway.app import ROUTES
-from ingest_gateway.protocol.request import CONTENT_DIGEST, CONTENT_MD5, FILE_DIGEST, REPR_DIGEST
+from ingest_gateway.protocol.parameters import (
+    CONTENT_DIGEST,
+    CONTENT_MD5,
+    FILE_DIGEST,
+    REPR_DIGEST,
+)
 from services.config import Settings
 from tests.contract.blobs_stage import some_bytes
 from tests.integration.http.test_archive import tar_of
