@@ -16,12 +16,10 @@ from artifact_store.errors import (
     PackageNotFoundError,
     UploadNotFoundError,
 )
-from ingest_gateway.admission import Bounds, Quota
-from ingest_gateway.gateway import Authenticate, Gateway, Logins, Subscribing, believe, nowhere
-from ingest_gateway.health import Checks
-from ingest_gateway.http_metrics import Metrics
+from ingest_gateway.admission import Quota
+from ingest_gateway.gateway import Gateway
 from ingest_gateway.protocol.connections import AllowedHosts
-from ingest_gateway.protocol.declaration import Access, Route, document
+from ingest_gateway.protocol.declaration import Access, Route
 from ingest_gateway.protocol.http_errors import (
     AnswerTimeoutError,
     MalformedHttpError,
@@ -43,11 +41,8 @@ from ingest_gateway.routes import (
     webhook_subscriptions,
     whoami,
 )
-from ingest_gateway.siblings import Siblings
 from services.core.access import Right
 from services.identity.audit import Audit
-from services.log.port import Log
-from services.registry.direct import DirectRegistry
 from services.runtime import tracing
 from services.runtime.logs import Repeats
 from services.runtime.tracing import TRACEPARENT
@@ -84,27 +79,12 @@ _NUMBER = re.compile(r"[0-9]+")
 class App:
     """Answers requests by the table of routes. Belongs to one event loop."""
 
-    def __init__(
-        self,
-        registry: DirectRegistry,
-        log: Log,
-        checks: Checks,
-        bounds: Bounds,
-        metrics: Metrics | None = None,
-        siblings: Siblings | None = None,
-        allowed_hosts: AllowedHosts | None = None,
-        authenticate: Authenticate = believe,
-        logins: Logins = nowhere,
-        audit: Audit | None = None,
-        subscribing: Subscribing | None = None,
-    ) -> None:
-        openapi = document(ROUTES)
-        self.gateway = Gateway(
-            registry, log, checks, bounds, metrics or Metrics(), openapi, siblings, authenticate, logins, subscribing
-        )
+    def __init__(self, gateway: Gateway, allowed_hosts: AllowedHosts, audit: Audit) -> None:
+        """`allowed_hosts` says which hosts requests may name."""
+        self.gateway = gateway
         self._routes = Routes(ROUTES)
-        self._allowed_hosts = allowed_hosts or AllowedHosts()
-        self._audit = audit or Audit(None)
+        self._allowed_hosts = allowed_hosts
+        self._audit = audit
         self._apart: AllowedHosts | None = None
         self._failures = Repeats()
 

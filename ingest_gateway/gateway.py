@@ -10,7 +10,7 @@ from ingest_gateway.event_tail import Tail
 from ingest_gateway.health import Checks, ReadyAnswers
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.siblings import Siblings
-from services.core.access import Principal, local_user
+from services.core.access import Principal
 from services.identity.authenticator import LoginChoice
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
@@ -23,21 +23,8 @@ Authenticate = Callable[[str | None], Awaitable[Principal]]
 Raises UnauthenticatedError: the request does not prove who sends it; UnavailableError: this cannot be checked now.
 """
 
-_LOCAL = local_user("anonymous")
-
-
-async def believe(_authorization: str | None) -> Principal:
-    """Take everyone for a local user with all rights: for a gateway that only this machine reaches."""
-    return _LOCAL
-
-
 Logins = Callable[[], Sequence[LoginChoice]]
 """The issuers at which people can log in."""
-
-
-def nowhere() -> Sequence[LoginChoice]:
-    """No issuer: nobody can log in."""
-    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +46,16 @@ class Gateway:
         bounds: Bounds,
         metrics: Metrics,
         openapi: bytes,
+        authenticate: Authenticate,
+        logins: Logins,
+        *,
         siblings: Siblings | None = None,
-        authenticate: Authenticate = believe,
-        logins: Logins = nowhere,
         subscribing: Subscribing | None = None,
     ) -> None:
-        """`siblings`: the other processes behind the same address. `subscribing`: None if it keeps no subscriptions."""
+        """`openapi` describes its routes in JSON. `siblings` are the other processes behind the same address.
+
+        `subscribing` is None if it keeps no subscriptions.
+        """
         self.subscribing = subscribing
         self.registry = registry
         self.authenticate = authenticate

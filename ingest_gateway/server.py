@@ -25,19 +25,17 @@ from prometheus_client import CollectorRegistry
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from ingest_gateway.admission import Bounds, Places, Quota, connections_within
-from ingest_gateway.app import App
-from ingest_gateway.gateway import Authenticate, Logins, Subscribing, believe, nowhere
+from ingest_gateway.app import ROUTES, App
+from ingest_gateway.gateway import Gateway, Subscribing
 from ingest_gateway.health import Checks, Deliveries
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
 from ingest_gateway.protocol.connections import AllowedHosts, Server
+from ingest_gateway.protocol.declaration import document
 from ingest_gateway.siblings import Member, Siblings
 from services.config import Settings
-from services.identity.audit import Audit
 from services.identity.authenticator import Authenticator
-from services.log.port import Log
-from services.registry.direct import DirectRegistry
 from services.runtime import tls
 from services.runtime.addresses import ListenAddress
 from services.views.database import Views
@@ -108,32 +106,33 @@ async def serve(
     metrics.watch_memory(lambda: opened.blobs.parts.memory.limit - opened.blobs.parts.memory.free)
     if is_embedded(settings):
         await create_subscriptions(opened.views)
-    async with (
-        Authenticator.open(settings, opened.metrics) as authenticator,
-        listening(
+    async with Authenticator.open(settings, opened.metrics) as authenticator:
+        gateway = Gateway(
             opened.registry,
             opened.log,
             checks,
             _bounds(settings),
+            metrics,
+            document(ROUTES),
+            authenticator.authenticate,
+            lambda: authenticator.logins,
+            siblings=None if member is None else Siblings(member, metrics.exposition),
+            subscribing=Subscribing(Subscriptions(opened.views), Targets(settings.webhook_allow)),
+        )
+        async with listening(
+            App(gateway, AllowedHosts(settings.allowed_hosts, loopback=address.is_loopback), opened.audit),
             address.host,
             address.port,
-            metrics=metrics,
             member=member,
-            allowed_hosts=AllowedHosts(settings.allowed_hosts, loopback=address.is_loopback),
             context=_server_context(settings),
             metrics_at=settings.metrics_listen,
-            authenticate=authenticator.authenticate,
-            logins=lambda: authenticator.logins,
-            audit=opened.audit,
-            subscribing=Subscribing(Subscriptions(opened.views), Targets(settings.webhook_allow)),
-        ) as url,
-    ):
-        print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
-        if ready is not None:
-            ready(url)
-        async with swept_regularly(opened.blobs):
-            await stop.wait()
-        _log.info("stopping: no new connections, finishing what is under way")
+        ) as url:
+            print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
+            if ready is not None:
+                ready(url)
+            async with swept_regularly(opened.blobs):
+                await stop.wait()
+            _log.info("stopping: no new connections, finishing what is under way")
 
 
 async def create_subscriptions(views: Views) -> None:
@@ -166,41 +165,28 @@ def _bounds(settings: Settings) -> Bounds:
 
 @asynccontextmanager
 async def listening(
-    registry: DirectRegistry,
-    log: Log,
-    checks: Checks,
-    bounds: Bounds,
+    app: App,
     host: str = "127.0.0.1",
     port: int = 0,
     *,
-    metrics: Metrics | None = None,
     drain_seconds: float = DRAIN_SECONDS,
     member: Member | None = None,
-    allowed_hosts: AllowedHosts | None = None,
     context: ssl.SSLContext | None = None,
     metrics_at: ListenAddress | None = None,
-    authenticate: Authenticate = believe,
-    logins: Logins = nowhere,
-    audit: Audit | None = None,
-    subscribing: Subscribing | None = None,
 ) -> AsyncIterator[str]:
     """Listen within the block; yields the URL. Port 0 takes a free port.
 
-    With `member`, accepts connections from the member's socket instead of `host` and `port`. `allowed_hosts` says which
-    hosts requests may name, by default those of loopback. With `context`, it speaks TLS. With `metrics_at`, metrics are
-    served only there, and health also there.
+    With `member`, accepts connections from the member's socket instead of `host` and `port`. With `context`, it speaks
+    TLS. With `metrics_at`, metrics are served only there, and health also there.
 
     At the end of the block it accepts no new connection, dismisses followers, waits up to `drain_seconds` for requests
     under way and for clients that may be sending another one, and closes.
 
     Raises ConfigurationError: the address is taken or does not exist.
     """
-    metrics = metrics or Metrics()
-    siblings = None if member is None else Siblings(member, metrics.exposition)
-    app = App(registry, log, checks, bounds, metrics, siblings, allowed_hosts, authenticate, logins, audit, subscribing)
+    gateway, admission = app.gateway, app.gateway.admission
     if metrics_at is not None:
         app.serve_metrics_apart(AllowedHosts(loopback=metrics_at.is_loopback))
-    admission = app.gateway.admission
     server = Server(app.handle, app.refuse, admission.connections, admission.heads)
     runner = web.ServerRunner(server, shutdown_timeout=1.0)
     await runner.setup()
@@ -209,12 +195,13 @@ async def listening(
         shutdown_timeout=1.0,
     )
     await apart.setup()
-    lag, stopped = asyncio.create_task(metrics.watch_loop()), asyncio.Event()
-    watching = [asyncio.create_task(app.gateway.ready.watch(metrics.component, stopped))]
-    if subscribing is not None:
-        watching.append(asyncio.create_task(Deliveries(subscribing.store).watch(metrics.unserved, stopped)))
+    metrics, stopped = gateway.metrics, asyncio.Event()
+    lag = asyncio.create_task(metrics.watch_loop())
+    watching = [asyncio.create_task(gateway.ready.watch(metrics.component, stopped))]
+    if gateway.subscribing is not None:
+        watching.append(asyncio.create_task(Deliveries(gateway.subscribing.store).watch(metrics.unserved, stopped)))
     try:
-        async with siblings.telling() if siblings is not None else nullcontext():
+        async with gateway.siblings.telling() if gateway.siblings is not None else nullcontext():
             if metrics_at is not None and (member is None or member.number == 1):  # serves the metrics of all members
                 await _site(apart, metrics_at.host, metrics_at.port, None, "ARTIFACT_STORE_METRICS_LISTEN")
             if member is None:
@@ -225,7 +212,7 @@ async def listening(
             yield f"{scheme}://{ListenAddress(*runner.addresses[0][:2])}"
             await site.stop()
             deadline = asyncio.get_running_loop().time() + drain_seconds
-            await app.gateway.drain(drain_seconds)
+            await gateway.drain(drain_seconds)
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     await server.let_go()

@@ -10,10 +10,16 @@ from typing import Any
 import aiohttp
 
 from ingest_gateway.admission import Bounds
-from ingest_gateway.gateway import Authenticate, Subscribing, believe
+from ingest_gateway.app import ROUTES, App
+from ingest_gateway.gateway import Authenticate, Gateway, Subscribing
 from ingest_gateway.health import Check, Checks
+from ingest_gateway.http_metrics import Metrics
+from ingest_gateway.protocol.connections import AllowedHosts
+from ingest_gateway.protocol.declaration import document
 from ingest_gateway.server import create_subscriptions, listening
 from services.config import Settings
+from services.core.access import Principal, local_user
+from services.identity.audit import Audit
 from services.registry.direct import DirectRegistry
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
@@ -39,6 +45,11 @@ class RunningGateway:
     async def events(self) -> int:
         """How many events the log holds."""
         return len([event async for event in self.parts.log.read()])
+
+
+async def believe(_authorization: str | None) -> Principal:
+    """Take everyone for a local user with all rights, as a gateway does that only this machine reaches."""
+    return local_user("anonymous")
 
 
 @asynccontextmanager
@@ -75,16 +86,19 @@ async def running_gateway(
         own = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
         looked_at = replace(own, **(checks or {}))
         limits = Bounds(settings.max_file_bytes, settings.max_metadata_bytes, **bounds)
+        gateway = Gateway(
+            registry,
+            opened.log,
+            looked_at,
+            limits,
+            Metrics(),
+            document(ROUTES),
+            authenticate,
+            lambda: (),
+            subscribing=Subscribing(Subscriptions(opened.views), Targets(settings.webhook_allow)),
+        )
         async with (
-            listening(
-                registry,
-                opened.log,
-                looked_at,
-                limits,
-                drain_seconds=drain_seconds,
-                authenticate=authenticate,
-                subscribing=Subscribing(Subscriptions(opened.views), Targets(settings.webhook_allow)),
-            ) as url,
+            listening(App(gateway, AllowedHosts(), Audit(None)), drain_seconds=drain_seconds) as url,
             aiohttp.ClientSession(url) as session,
         ):
             yield RunningGateway(url, opened, session)
