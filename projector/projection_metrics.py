@@ -20,8 +20,8 @@ from artifact_store.position import Position
 from services.log.port import Log
 from services.runtime.processes import wait_for_stop
 from services.views.database import Views
+from services.views.engine.apply import list_marks
 from services.views.engine.generations import is_being_built, read_build
-from services.views.engine.parking import list_marks
 from services.views.projections import projection_named
 from services.views.queries import Queries
 

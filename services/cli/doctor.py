@@ -136,7 +136,7 @@ async def _examine() -> list[Finding]:
 def _import_what_looks_need(*, embedded: bool) -> None:
     """Import modules before the time limit of a look begins: that takes a second, or a minute on a busy machine."""
     names = ["artifact_store.documents.times", "services.identity.oidc", "services.identity.static_tokens"]
-    names += ["services.blobs.open", "services.views.engine.parking", "services.views.queries"]
+    names += ["services.blobs.open", "services.views.engine.apply", "services.views.queries"]
     names += ["services.webhooks.subscriptions"]
     names += ["services.log.sqlite"] if embedded else ["services.log.kafka", "ingest_gateway.peers.forwarding"]
     for name in names:

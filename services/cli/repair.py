@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from artifact_store.models import Acknowledgement
     from services.log.port import Log
     from services.log.records import Confirmation
-    from services.views.engine.parking import Mark
+    from services.views.engine.apply import Mark
 
 
 max_parked_option = click.option(
@@ -83,7 +83,7 @@ def retry(packages: Sequence[str], projection: str | None) -> None:
 
 async def _list(projection: str | None) -> None:
     async with log_and_views() as (_, views):
-        from services.views.engine.parking import list_marks
+        from services.views.engine.apply import list_marks
 
         await views.check()
         marks = await list_marks(views, _known(projection))
@@ -100,7 +100,7 @@ async def _show(package: str) -> None:
     from artifact_store.errors import NotFoundError
 
     async with log_and_views() as (log, views):
-        from services.views.engine.parking import list_marks
+        from services.views.engine.apply import list_marks
 
         marks = [mark for mark in await list_marks(views) if mark.package == package]
         if not marks:
@@ -118,8 +118,8 @@ async def _retry(packages: Sequence[str], projection: str | None) -> bool:
 
     whole = True
     async with log_and_views() as (log, views):
+        from services.views.engine.apply import list_marks
         from services.views.engine.apply import retry as fold_again
-        from services.views.engine.parking import list_marks
 
         marks = await list_marks(views, _known(projection))
         if unknown := set(packages) - {mark.package for mark in marks}:

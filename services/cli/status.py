@@ -149,7 +149,7 @@ def endpoint(url: str) -> str:
 async def projections(log: Log, views: Views, end: Position) -> list[dict[str, Any]]:
     """One object for each projection: how far it is behind `end`, who runs it, and what is wrong with it."""
     from artifact_store.position import Position
-    from services.views.engine.parking import list_marks
+    from services.views.engine.apply import list_marks
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
 

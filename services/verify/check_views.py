@@ -13,9 +13,8 @@ from services.log.port import Log
 from services.verify.report import Report
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import apply
+from services.views.engine.apply import apply, list_marks
 from services.views.engine.checkpoints import load_checkpoint
-from services.views.engine.parking import list_marks
 from services.views.engine.source import read_range
 from services.views.projections import Projection
 

@@ -11,8 +11,7 @@ import pytest
 from artifact_store.events import PackageCreated
 from services.views.bulk import insert_rows
 from services.views.database import Views
-from services.views.engine.apply import catch_up
-from services.views.engine.parking import list_marks
+from services.views.engine.apply import catch_up, list_marks
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from services.views.tables import artifact_files, artifact_packages, usage_totals

@@ -10,9 +10,8 @@ from artifact_store.errors import ConfigurationError
 from projector.rebuild import replay_view
 from schemas.codec import encode
 from services.views.database import Views
-from services.views.engine.apply import catch_up
+from services.views.engine.apply import catch_up, list_marks
 from services.views.engine.generations import begin_build
-from services.views.engine.parking import list_marks
 from services.views.projections import PROJECTIONS
 from services.views.tables import (
     artifact_files,

@@ -25,7 +25,7 @@ _PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "sc
 
 MOST_FOR_A_PUT = 39
 MOST_OF_THE_GATEWAY_FOR_A_PUT = 6
-MOST_FOR_AN_EVENT = 17
+MOST_FOR_AN_EVENT = 16
 
 pytestmark = pytest.mark.services
 

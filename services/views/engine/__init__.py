@@ -10,11 +10,11 @@ Its words:
 - A *parked* package is one that the view has stopped following, at its *mark*.
 
 Begin with `source`: it reads a range of the log, one package of it, or the partitions that a group assigns. Then read
-`apply`, which writes rows, checkpoint and marks in one transaction, and catches up. `checkpoints` stores a view's
-position and checks that the log continues from there. `parking` sets aside events that cannot be applied. `generations`
-builds a view beside the live one, in the tables of `build_tables`, and switches to it.
+`apply`, which writes rows, checkpoint and marks in one transaction, catches up, and retries parked packages.
+`checkpoints` stores a view's position and checks that the log continues from there. `generations` builds a view beside
+the live one, in the tables of `build_tables`, and switches to it.
 
 The engine may import the rest of `services.views` except `digest`, `queries`, `lookups` and `waiting`, which read what
 it has written. Each module imports only those before it: `checkpoints`, `build_tables`, `generations`, `source`,
-`parking`, `apply`.
+`apply`.
 """

@@ -27,10 +27,9 @@ from services.log.port import Batch
 from services.registry import open_registry
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import catch_up, retry
+from services.views.engine.apply import Mark, TooManyParkedError, catch_up, list_marks, retry
 from services.views.engine.checkpoints import StaleCheckpointError
 from services.views.engine.generations import reset
-from services.views.engine.parking import Mark, TooManyParkedError, list_marks
 from services.views.projections import PROJECTIONS, Tables
 from services.views.projections.registry_fold import RegistryProjection
 from services.views.queries import Queries

@@ -21,10 +21,9 @@ from projector import DigestMismatchError, RebuildOptions, rebuild
 from projector.rebuild import ReplayProgress, replay_view
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import catch_up
+from services.views.engine.apply import catch_up, list_marks
 from services.views.engine.build_tables import create_index
 from services.views.engine.generations import begin_build, building, drop_build, read_build, switch, this_process
-from services.views.engine.parking import list_marks
 from services.views.projections import PROJECTIONS, Projection
 from services.views.projections.retention_fold import RetentionProjection
 from services.views.queries import Queries

@@ -13,8 +13,7 @@ from projector import RebuildOptions, rebuild, replay
 from projector.rebuild import ReplayProgress
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import catch_up
-from services.views.engine.parking import TooManyParkedError, list_marks
+from services.views.engine.apply import TooManyParkedError, catch_up, list_marks
 from services.views.projections import PROJECTIONS
 from tests.faults.catch_up_storm import write_history
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log

@@ -14,8 +14,7 @@ from services.log.port import Record
 from services.log.records import AdministrativeHead, BadRecord, Skips, read_record
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import catch_up
-from services.views.engine.parking import list_marks
+from services.views.engine.apply import catch_up, list_marks
 from services.views.projections import PROJECTIONS
 from tests.memory_log import MemoryLog, skip_of
 from tests.unit.schemas.test_golden import administrative, history

@@ -15,8 +15,8 @@ from projector import loading
 from projector.loading import load_in_processes
 from services.config import Settings
 from services.views.database import DamagedDatabaseError, LockedError, TablesError
+from services.views.engine.apply import TooManyParkedError
 from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError
-from services.views.engine.parking import TooManyParkedError
 
 
 async def load(settings: Settings) -> None:
