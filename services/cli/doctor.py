@@ -186,7 +186,8 @@ async def _log(settings: Settings, finding: Finding) -> None:
             return
         await log.check()
         finding.remarks.append(f"{await log.partitions()} partitions, id {await log.identity()}")
-        finding.remarks += await _under_replicated(log)
+        if not is_embedded(settings):
+            finding.remarks += await _under_replicated(log)
         if settings.schema_registry_url is not None:
             finding.remarks.append(await _framing(log))
     finally:

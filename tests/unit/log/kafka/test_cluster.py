@@ -41,7 +41,7 @@ class Door:
 
     def describe_topics(self, topics: Any) -> dict[Any, Future[Any]]:
         text = base64.urlsafe_b64encode(UUID(int=self.identity).bytes).decode().rstrip("=")
-        partition = SimpleNamespace(replicas=[1, 2, 3])
+        partition = SimpleNamespace(id=0, replicas=[1, 2, 3], isr=[1, 3])
         return self._told(["t.events"], SimpleNamespace(topic_id=text, partitions=[partition]))
 
     def _told(self, keys: Iterable[Any], answer: object) -> dict[Any, Future[Any]]:
@@ -103,6 +103,11 @@ def test_nobody_s_word_is_taken_when_no_server_answers(monkeypatch: pytest.Monke
     cluster, _ = brokers(monkeypatch, dict.fromkeys(("a:1", "b:1"), Door(6, 20, down=True)), Door(6, 20))
     with pytest.raises(UnavailableError):
         cluster.outside({0: 1})
+
+
+def test_a_partition_of_which_a_replica_is_not_in_sync_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, _ = brokers(monkeypatch, {}, Door(6, 20))
+    assert cluster.topic().under_replicated == (0,)
 
 
 def test_a_topic_that_was_made_anew_is_not_taken_for_an_old_leader(monkeypatch: pytest.MonkeyPatch) -> None:
