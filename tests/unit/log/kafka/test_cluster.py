@@ -106,7 +106,7 @@ def test_nobody_s_word_is_taken_when_no_server_answers(monkeypatch: pytest.Monke
 
 
 def test_a_partition_of_which_a_replica_is_not_in_sync_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster, _ = brokers(monkeypatch, {}, Door(6, 20))
+    cluster, _ = brokers(monkeypatch, {"a:1": Door(6, 20)}, Door(6, 20))
     assert cluster.topic().under_replicated == (0,)
 
 
