@@ -249,7 +249,8 @@ class _BoundedParser:
 
     def _count(self, piece: bytes, found: Sequence[Any]) -> None:
         """Take room for the heads in a piece, and for bytes after the end of a body: they begin the next head."""
-        behind = len(piece) - piece.find(_HEAD_END) - len(_HEAD_END)
+        # Searched only where a head ended: a search through all bytes of a large body takes a tenth of its time.
+        behind = len(piece) - piece.find(_HEAD_END) - len(_HEAD_END) if found else 0
         for message, body in found:
             size = len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
             self._hold(size, more=max(0, size - self._head))
