@@ -51,13 +51,13 @@ class BodyHash:
         self._blake3 = blake3()
         self._sha256 = hashlib.sha256()
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Take the next bytes."""
         self._length += len(data)
         self._blake3.update(data)
         self._sha256.update(data)
 
-    def update_beside(self, pieces: Iterable[bytes]) -> asyncio.Future[None]:
+    def update_beside(self, pieces: Iterable[bytes | memoryview]) -> asyncio.Future[None]:
         """Take the next pieces in another thread; the future is done when the thread is."""
 
         def work() -> None:

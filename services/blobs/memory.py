@@ -7,6 +7,7 @@ import mmap
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -44,7 +45,7 @@ class PartBuffer:
         """CRC-32 of the bytes so far, updated as they come, while they are still in the processor's cache."""
         return self._crc32
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         """Append bytes. Raises ValueError if there is no room."""
         end = self._length + len(data)
         if self._pages is None or end > self._capacity:
@@ -62,6 +63,17 @@ class PartBuffer:
         for start in range(0, self._length, size):
             yield self.read(start, start + size)
 
+    def views(self, size: int) -> Iterator[memoryview]:
+        """The content, so many bytes at a time and without a copy. Each view ends when the next one is asked for."""
+        if self._pages is None:
+            return
+        with memoryview(self._pages) as pages:
+            start = 0
+            while start < self._length:  # which is 0 once the buffer is closed
+                with pages[start : min(start + size, self._length)] as view:
+                    yield view
+                start += size
+
     def clear(self) -> None:
         """Empty the buffer, to be filled again."""
         self._length = self._crc32 = 0
@@ -74,7 +86,8 @@ class PartBuffer:
             return
         if len(pages) == _SPARE_BYTES and len(_SPARE) < _MOST_SPARE:
             _SPARE.append(pages)
-        else:
+            return
+        with suppress(BufferError):  # a thread still hashes a view of them: its end frees them
             pages.close()
 
 

@@ -35,7 +35,7 @@ from artifact_store.errors import (
 )
 from artifact_store.models import Acknowledgement, Declared
 from artifact_store.rules import check_path, check_text
-from services.blobs.intake import PIECE_BYTES, BodyHash, Cleanups, Pace
+from services.blobs.intake import BodyHash, Cleanups, Pace
 from services.blobs.memory import PartBuffer, Share
 from services.blobs.packs import Placed
 from services.blobs.port import IDLE_SECONDS, BlobStore, Digests, DirectPart, Part, PartAddress
@@ -447,6 +447,7 @@ def _same(state: UploadState, new: NewUpload) -> bool:
 RENEW_SECONDS = 3.0
 """How often a request that gets bytes says so; far below the time after which it is taken for dead."""
 
+_HASHED_BYTES = 2 << 20  # at a time: a thread that hashes waits for Python's lock after each piece
 _RESERVED = 4  # part numbers at a time: so many parts at most are sent again after a crash
 
 
@@ -556,7 +557,7 @@ class Appending:
                 if self._room == 0:
                     await self._next(share)
                 piece, view = view[: self._room], view[self._room :]
-                self._filled().append(bytes(piece))
+                self._filled().append(piece)
                 self._room -= len(piece)
                 self._fresh = True
             await self._renew(force=False)
@@ -593,7 +594,7 @@ class Appending:
         """Store a part, and hash it meanwhile; gives its `etag`."""
         if self._body is None:
             return await self._parts.put(self._state.where, number, part)
-        hashing = self._body.update_beside(part.pieces(PIECE_BYTES))
+        hashing = self._body.update_beside(part.views(_HASHED_BYTES))
         try:
             return await self._parts.put(self._state.where, number, part)
         finally:

@@ -160,6 +160,20 @@ def test_a_buffer_on_the_pages_of_another_shows_nothing_of_it() -> None:
         other.close()
 
 
+def test_views_are_the_content_and_outlive_no_step() -> None:
+    part = PartBuffer(9 << 20)  # no buffer whose pages are kept
+    data = bytes(range(256)) * 4096 * 9
+    part.append(memoryview(data))
+    views = part.views(4 << 20)
+    first = next(views)
+    assert first == data[: 4 << 20]
+    part.close()
+    assert first == data[: 4 << 20], "the pages stay as long as they are looked at"
+    assert list(views) == []
+    with pytest.raises(ValueError, match="released"):
+        first.tobytes()
+
+
 def test_pages_are_kept_for_the_next_buffers_and_no_more_than_a_few() -> None:
     process = psutil.Process()
     data = bytes(1 << 20)
