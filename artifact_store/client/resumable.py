@@ -307,10 +307,11 @@ async def _parts(chunks: AsyncIterator[bytes], part_bytes: int) -> AsyncGenerato
     """Parts of this many bytes each; the last may be shorter."""
     part = HeldPart()
     async for chunk in chunks:
-        rest = memoryview(chunk)
+        rest = chunk
         while rest:
-            piece, rest = rest[: part_bytes - part.size_bytes], rest[part_bytes - part.size_bytes :]
-            part.append(bytes(piece))
+            room = part_bytes - part.size_bytes
+            piece, rest = rest[:room], rest[room:]  # which copies nothing of a chunk that fits
+            part.append(piece)
             if part.size_bytes == part_bytes:
                 yield part
                 part = HeldPart()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from io import BytesIO
@@ -12,8 +13,10 @@ from uuid import UUID
 
 import pytest
 from aiohttp import web
+from blake3 import blake3
 
 from artifact_store import FileSource, RetryPolicy
+from artifact_store.byte_streams import CHUNK_BYTES
 from artifact_store.client.bodies import BodySource, CountedSource, FileStamp, SeekableSource
 from artifact_store.errors import ContentMismatchError, CorruptError, PushBackError, UnavailableError
 from artifact_store.models import Declared
@@ -252,3 +255,14 @@ async def test_bytes_that_arrived_as_others_are_noticed() -> None:
     async with failing_gateway(garbled) as gateway:
         with pytest.raises(CorruptError, match="did not arrive as it was sent"):
             await put(gateway, b"some bytes")
+
+
+async def test_the_digest_of_a_file_is_that_of_what_iterating_gives(tmp_path: Path) -> None:
+    path, data = tmp_path / "a", os.urandom(2 * CHUNK_BYTES + 17)
+    path.write_bytes(data)
+    source = FileSource(path, FileStamp.of(path.stat()))
+    assert await source.blake3() == blake3(data).digest()
+    assert await source.behind(CHUNK_BYTES + 1).blake3() == blake3(data[CHUNK_BYTES + 1 :]).digest()
+    os.truncate(path, CHUNK_BYTES)
+    with pytest.raises(ContentMismatchError, match="changed while it was pushed"):
+        await source.blake3()
