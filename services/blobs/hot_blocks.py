@@ -23,10 +23,10 @@ SMALL_BYTES = BLOCK_BYTES // 4
 """Only ranges of at most this many bytes are read by blocks."""
 
 CACHE_BYTES = 32 << 20
-"""How much one process keeps."""
+"""How many bytes one process keeps."""
 
 _REMEMBERED = 4_096
-"""How many blocks are remembered that were asked for once."""
+"""How many blocks that were requested once are remembered."""
 
 _Block = tuple[str, int]
 """Key of a blob, and number of the block in it."""
@@ -44,7 +44,7 @@ class HotBlocks:
     async def read(self, key: str, offset: int, length: int) -> bytes | None:
         """`length` bytes from `offset` of a blob; None if they are too many, or were not requested before.
 
-        There are fewer bytes where the blob is shorter. Raises CorruptError, UnavailableError: as `BlobStore.read`.
+        There are fewer bytes if the blob is shorter. Raises CorruptError, UnavailableError: as `BlobStore.read`.
         """
         if not 0 < length <= SMALL_BYTES:
             return None

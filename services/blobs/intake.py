@@ -32,19 +32,19 @@ from artifact_store.models import Declared
 from services.blobs.port import Digests
 
 PIECE_BYTES = 512 * 1024
-"""Most bytes that `Intake.take` returns at once; with 64 bodies at a time this keeps what is in flight small."""
+"""The most bytes that `Intake.take` returns at once; with 64 bodies at a time, this keeps the bytes in flight few."""
 
 READ_FIRST_BYTES = 64 * 1024
 """A body of at most this size is read before it takes memory of the budget: its connection may hold as much anyway."""
 
 INLINE_BYTES = 64 * 1024
-"""Up to here hashing takes less time than handing the work to a thread."""
+"""Up to this size, hashing takes less time than handing the work to a thread."""
 
 _HASHERS = ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="blob-hash")
 
 
 class BodyHash:
-    """Both hashes of one body, fed in its order. One thread at a time."""
+    """Both hashes of one body, whose bytes are fed in order. For one thread at a time."""
 
     def __init__(self) -> None:
         self._length = 0
@@ -58,7 +58,7 @@ class BodyHash:
         self._sha256.update(data)
 
     def update_beside(self, pieces: Iterable[bytes | memoryview]) -> asyncio.Future[None]:
-        """Take the next pieces in another thread; the future is done when the thread is."""
+        """Take the next pieces in another thread. The future is done when the thread is done."""
 
         def work() -> None:
             for piece in pieces:
@@ -67,7 +67,7 @@ class BodyHash:
         return asyncio.get_running_loop().run_in_executor(_HASHERS, work)
 
     def digests(self) -> Digests:
-        """The digests of all bytes that were taken."""
+        """The digests of all bytes taken so far."""
         return Digests(self._length, self._blake3.digest(), self._sha256.digest())
 
 
@@ -110,7 +110,7 @@ class Intake:
 
     @property
     def length(self) -> int:
-        """Bytes that were taken so far."""
+        """The number of bytes taken so far."""
         return self._length
 
     async def take(self, limit: int) -> bytes:
@@ -139,7 +139,7 @@ class Intake:
         return data
 
     async def at_end(self) -> bool:
-        """Whether the body has ended; waits for its next chunk if need be."""
+        """Whether the body has ended; waits for its next chunk if necessary."""
         while not self._rest and not self._ended:
             try:
                 self._rest = memoryview(await anext(self._chunks))
@@ -148,7 +148,7 @@ class Intake:
         return not self._rest
 
     async def digests(self) -> Digests:
-        """Length and digests, once the body was taken to its end.
+        """Length and digests, after the body was taken to its end.
 
         Raises:
             ContentMismatchError: the body is not what was declared.
@@ -198,10 +198,10 @@ class PartPlan:
             raise ValueError("a part must fit into the memory of an upload")
 
     def size(self, number: int) -> int:
-        """Size of part `number` (from 1); of the last part the most that it can be.
+        """The size of part `number` (from 1); for the last part, the most that it can be.
 
         Raises:
-            TooLargeError: the store takes no such part.
+            TooLargeError: the store does not accept such a part.
         """
         if number > self.max_parts:
             raise TooLargeError(
@@ -221,7 +221,7 @@ class PartPlan:
         return self.size(number) > self.held_bytes
 
     def longest_unknown(self) -> int:
-        """Most bytes that a body of undeclared size may have."""
+        """The most bytes that a body of undeclared size may have."""
         return sum(self._grown(number) for number in range(1, self.max_parts + 1))
 
     def _grown(self, number: int) -> int:
@@ -235,14 +235,14 @@ Part = TypeVar("Part")
 
 LOOK_SECONDS = 5.0
 SLOW_BYTES_PER_SECOND = 64 * 1024
-"""At this pace a part of 8 MiB is held for two minutes."""
+"""The slowest pace. At this pace, a part of 8 MiB is held for two minutes."""
 
 _MOSTLY = 0.8
 _RETRY_SECONDS = 10.0
 
 
 class Pace(Generic[Piece]):
-    """A body and the block that reads it; the block raises PushBackError when the body is slow while others wait.
+    """A body and the block that reads it; the block raises PushBackError if the body is slow while others wait.
 
     About every `look_seconds` it checks whether others are `waiting`. If so, the block is cancelled if it spent most of
     that time waiting for the body, and the body was slower than SLOW_BYTES_PER_SECOND. Time that a slow store takes
@@ -257,7 +257,7 @@ class Pace(Generic[Piece]):
         size: Callable[[Piece], int],
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
-        """`size` says how many bytes a piece of the body has."""
+        """`size` gives the number of bytes in a piece of the body."""
         self._body = body
         self._size = size
         self._others_wait = waiting
@@ -297,7 +297,7 @@ class Pace(Generic[Piece]):
     async def watched(self, stream: AsyncIterable[Part], size: Callable[[Part], int]) -> AsyncIterator[Part]:
         """A stream that is itself a piece of the body, and is read before the next piece: it counts as the body.
 
-        `size` says how many bytes a part of it has.
+        `size` gives the number of bytes in a part of it.
         """
         self._since = self._loop.time()
         async for part in stream:
@@ -337,10 +337,10 @@ class Cleanups:
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self, work: Coroutine[None, None, None]) -> None:
-        """Wait for `work`. If the caller is cancelled meanwhile, the work goes on.
+        """Wait for `work`. If the caller is cancelled meanwhile, the work continues.
 
-        If the store cannot be reached in time, this is only logged: the error that led here matters more, and `sweep`
-        finds the rest.
+        If the store cannot be reached in time, that is only logged: the error that led here matters more, and `sweep`
+        finds the remains.
         """
         task = asyncio.create_task(self._bounded(work))
         self._running.add(task)
@@ -376,11 +376,11 @@ class Mistrusted(Generic[Where]):
         return where in self._found
 
     def add(self, where: Where) -> None:
-        """The bytes at this key are wrong: do not rely on them."""
+        """Note that the bytes at this key are wrong, and must not be relied on."""
         self._found[where] = None
         if len(self._found) > _MISTRUSTED_REMEMBERED:
             self._found.popitem(last=False)
 
     def discard(self, where: Where) -> None:
-        """The right bytes were stored at this key."""
+        """Note that the right bytes were stored at this key."""
         self._found.pop(where, None)

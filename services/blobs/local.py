@@ -1,7 +1,7 @@
 """The local adapter of the blob port: blobs as files of a folder, all at their content-addressed keys.
 
 A body is written to `incoming/` in the same file system, hashed on the way, made durable, and then renamed to its key,
-which costs no copy: so no key of another kind is ever needed here.
+which costs no copy. So no other kind of key is ever needed here.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
-"""What the system says of a path at which no blob lies, nor could."""
+"""The system's errors for a path at which there is no blob."""
 
 
 class LocalBlobStore:
-    """Blobs in a folder of this machine. Its file work runs in threads; belongs to one event loop."""
+    """Blobs in a folder on this machine. File work runs in threads. Belongs to one event loop."""
 
     def __init__(self, root: Path, *, threads: int = 16, part_bytes: int = PART_BYTES) -> None:
-        """`root` is the folder, which `migrate` creates; `threads` bounds how many files are worked on at a time.
+        """`root` is the folder, which `migrate` creates; `threads` limits how many files are worked on at a time.
 
-        `part_bytes` is the size of the parts of uploads that span requests.
+        `part_bytes` is the size of the parts of uploads over several requests.
         """
         self._root = root
         self._incoming = root / "incoming"
@@ -117,14 +117,14 @@ class LocalBlobStore:
         return self._stored(digests)
 
     async def _store_known(self, intake: Intake, key: str) -> StoredBlob:
-        """Take a body that seems to be stored: it must match its declaration, and the file must have the same bytes."""
+        """Read a body that seems to be stored: it must match its declaration, and the file must have the same bytes."""
         there = self.read(key, 0, await self.size(key) or 0)
         same = True
         async with aclosing(there):  # type: ignore[type-var]  # it is a generator
             while piece := await intake.take(PIECE_BYTES):
                 try:
                     same = same and await anext(there, b"") == piece
-                except CorruptError:  # it is gone, or was cut short
+                except CorruptError:  # it is gone or truncated
                     same = False
         stored = self._stored(await intake.digests())
         await self.secure(key)
@@ -187,7 +187,7 @@ class LocalBlobStore:
         return aside if await self._work(move) else None
 
     async def fresh_uploads(self) -> frozenset[str]:
-        """See the port. There are none, as every body is renamed to its content-addressed key."""
+        """See the port. There are none, because every body is renamed to its content-addressed key."""
         return frozenset()
 
     async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
@@ -241,14 +241,14 @@ class LocalBlobStore:
         return await self._work(keys)
 
     async def delete_object(self, key: str) -> None:
-        """See the port. Leaves the folder, as another object may be about to be written there, but removes that of an
+        """See the port. Keeps the folder, because another object may be about to be written there, except that of an
         upload."""
         path = self._root / checked_removable_key(key)
 
         def delete() -> None:
             path.unlink(missing_ok=True)
             if key.startswith(RESUMABLE):
-                with suppress(OSError):  # there are others; or another task creates one, and will be told to retry
+                with suppress(OSError):  # there are other objects, or another task creates one and will have to retry
                     path.parent.rmdir()
                     self._durable_folders.discard(path.parent)
 
@@ -285,12 +285,13 @@ class LocalBlobStore:
 
     @property
     def clock(self) -> StoreClock:
-        """See the port. Files have no clock of their own."""
+        """See the port. The system's clock, because files have no separate one."""
         return self._clock
 
     async def now(self) -> datetime:
-        """See the port. The time of a new file: on a network file system it is the server's. The system's time where no
-        file can be created, as for a reader.
+        """See the port. The time of a new file, which is the server's on a network file system.
+
+        If no file can be created, as for a reader, the system's time.
         """
         draft = _Draft(self._incoming / f"{uuid4()}.part")
 
@@ -307,7 +308,7 @@ class LocalBlobStore:
         return datetime.fromtimestamp(await self._work(probe), UTC)
 
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
-        """See the port. A file that is being written has a fresh time of modification, however long it takes."""
+        """See the port. A file that is being written has a recent modification time, however long the writing takes."""
         limit = now.timestamp() - idle_seconds
 
         def remove_idle() -> int:
@@ -336,14 +337,14 @@ class LocalBlobStore:
     def _keep(self, draft: _Draft, path: Path) -> None:
         draft.sync()
         self._make_folder(path.parent)
-        # These bytes are verified; an existing file may be damaged. Of two equal files at a time the later one wins.
+        # These bytes are verified; an existing file may be damaged. Of two simultaneous equal files, the later wins.
         draft.path.replace(path)
         self._secure(path.parent)
 
     def _secure(self, folder: Path) -> None:
         """Make the names of the blobs in a folder durable.
 
-        Also for a file that was there: its own writer may not have got this far yet, or may have died before.
+        This is also needed for an existing file: its writer may not have done so yet, or may have died before that.
         """
         self._make_folder(folder)
         sync_folder(folder)
@@ -357,8 +358,8 @@ class LocalBlobStore:
         self._durable_folders.add(folder)
 
     async def _work(self, act: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
-        """Run file work in a thread. A cancelled caller still waits for the thread, so that it never uses objects that
-        are already closed."""
+        """Run file work in a thread. A cancelled caller still waits for the thread, so that the thread never uses
+        objects that are already closed."""
         running = asyncio.get_running_loop().run_in_executor(self._threads, partial(act, *args, **named))
         try:
             return await ended(running)
@@ -394,7 +395,7 @@ class _Draft:
         self._close()
 
     def discard(self) -> None:
-        """Close and remove the file, if it is there."""
+        """Close and remove the file, if it exists."""
         self._close()
         self.path.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ TURN_SECONDS = 30.0
 """How long an upload waits for its first memory."""
 
 SMALL_BYTES = 256 * 1024
-"""An upload that needs no more than this may take it from what a budget keeps for small ones."""
+"""An upload that needs no more than this may take it from the bytes that a budget reserves for small uploads."""
 
 
 class PartBuffer:
@@ -42,7 +42,7 @@ class PartBuffer:
 
     @property
     def crc32(self) -> int:
-        """CRC-32 of the bytes so far, updated as they come, while they are still in the processor's cache."""
+        """CRC-32 of the bytes so far, updated as they arrive, while they are still in the processor's cache."""
         return self._crc32
 
     def append(self, data: bytes | memoryview) -> None:
@@ -59,7 +59,7 @@ class PartBuffer:
         return b"" if self._pages is None else self._pages[start : min(end, self._length)]
 
     def pieces(self, size: int) -> Iterator[bytes]:
-        """Copies of the content, so many bytes at a time."""
+        """Copies of the content, this many bytes at a time."""
         for start in range(0, self._length, size):
             yield self.read(start, start + size)
 
@@ -94,17 +94,17 @@ class PartBuffer:
 _SPARE_BYTES = 8 << 20
 _MOST_SPARE = 4
 _SPARE: list[mmap.mmap] = []
-"""Pages of buffers that were closed, of `_SPARE_BYTES` each, for the next ones of at most as many.
+"""Pages of closed buffers, of `_SPARE_BYTES` each, for the next buffers of at most that size.
 
-Every smaller buffer has as many, of which only those that are filled take memory.
+Every smaller buffer has that many bytes too; only the filled pages take memory.
 """
 
 
 class ByteBudget:
     """At most `limit` bytes are given out at a time, first come, first served. Belongs to one event loop.
 
-    Nobody may wait for more while holding a part that only becomes free by getting more: an upload takes the whole of
-    a part before it fills it, so that every part that was begun can also be finished.
+    An upload must not wait for more bytes while it holds a part that it can only finish with them. So it takes the
+    whole memory of a part before it fills it, and every part that was begun can also be finished.
 
     In addition, `small` bytes are reserved for uploads that need little, so that they need not queue with those that
     wait for whole parts, which slow clients may hold for long. When these bytes are given out too, a small upload waits
@@ -121,7 +121,7 @@ class ByteBudget:
 
     @property
     def free(self) -> int:
-        """Bytes that are not given out."""
+        """The number of bytes that are free."""
         return self._free
 
     @property
@@ -130,11 +130,11 @@ class ByteBudget:
         return any(not turn.done() for _, turn in self._waiting)
 
     def share(self) -> Share:
-        """An empty share of the budget, for one upload; a context manager that gives back everything at its end."""
+        """An empty share of the budget, for one upload. A context manager, which gives back everything at its end."""
         return Share(self)
 
     def take_small(self, amount: int) -> bool:
-        """Take bytes that are reserved for small uploads, at once or not at all; whether they were taken."""
+        """Take bytes reserved for small uploads, at once or not at all. Returns whether they were taken."""
         if amount > min(SMALL_BYTES, self._free_small):
             return False
         self._free_small -= amount
@@ -155,14 +155,14 @@ class ByteBudget:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # granted in the very moment of the cancellation
+            if turn.done() and not turn.cancelled():  # granted at the moment of the cancellation
                 self.give(amount)
             else:
                 self._grant()  # those behind may fit where this one did not
             raise
 
     def take_at_once(self, amount: int) -> bool:
-        """Take `amount` bytes if they are free and nobody waits; whether they were taken."""
+        """Take `amount` bytes if they are free and nobody waits. Returns whether they were taken."""
         if self._waiting or amount > self._free:
             return False
         self._free -= amount
@@ -194,7 +194,7 @@ class Share:
 
     @property
     def held(self) -> int:
-        """Bytes held."""
+        """The number of bytes held."""
         return self._held + self._small
 
     async def take(self, amount: int) -> None:
@@ -204,7 +204,7 @@ class Share:
             self._held += amount
 
     def take_at_once(self, amount: int) -> bool:
-        """Take `amount` bytes of the budget without waiting; whether they were taken."""
+        """Take `amount` bytes of the budget without waiting. Returns whether they were taken."""
         if not self.held and self._budget.take_small(amount):
             self._small = amount
             return True
@@ -222,9 +222,9 @@ class Share:
         nothing: str = "stored",
         retry_after: float = 5.0,
     ) -> None:
-        """Wait for the first bytes, but not for ever: others may hold all memory and send slowly.
+        """Wait for the first bytes, but not for ever, because others may hold all memory and send slowly.
 
-        Raises PushBackError, which says that `others` held it, and what was done with none of the body: `nothing`.
+        Raises PushBackError. Its text is "`others` held all memory ...; nothing was `nothing`".
         """
         if self.take_at_once(amount):
             return
@@ -237,7 +237,7 @@ class Share:
             ) from None
 
     def give(self, amount: int) -> None:
-        """Give back `amount` of what is held; nothing once the context ended, which gave all back."""
+        """Give back `amount` bytes. Does nothing after the context has ended, which gave everything back."""
         small = min(amount, self._small)
         self._small -= small
         self._budget.give_small(small)

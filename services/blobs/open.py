@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from services.blobs.s3.requests import Endpoint
 
 _MEMORY_BYTES = 64 << 20
-"""What all uploads of a process may hold in memory on their way to a bucket, and"""
+"""How much memory all uploads to a bucket may hold in one process."""
 
 _SMALL_MEMORY_BYTES = 12 << 20
-"""what is kept for small ones beside it."""
+"""How much memory is reserved for small uploads in addition."""
 
 _FORMS = "file:FOLDER, s3://host:port/BUCKET (TLS) or s3+http://host:port/BUCKET"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
-    """The blob store that `settings.blobs_url` names; its clock is compared with `clock`. Connects to nothing yet.
+    """The blob store that `settings.blobs_url` names; its clock is compared with `clock`. Does not connect yet.
 
     Raises:
-        ConfigurationError: the URL has another form, or a bucket comes without credentials. The URL itself is not
-            repeated, since somebody may have put credentials into it.
+        ConfigurationError: the URL has another form, or a bucket has no credentials. The text omits the URL, because
+            somebody may have put credentials into it.
     """
     try:
         url = urlsplit(settings.blobs_url)
@@ -89,7 +89,7 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
 
 
 def _public(settings: Settings, endpoint: Endpoint) -> Endpoint | None:
-    """Where clients reach the store, None if they do not. Raises ConfigurationError."""
+    """The endpoint at which clients reach the store; None if they do not. Raises ConfigurationError."""
     if settings.s3_public_url is None:
         return None
     try:

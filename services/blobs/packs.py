@@ -1,6 +1,6 @@
-"""Packs: many small files as one blob, so that a store writes one object where it would write a thousand.
+"""Packs: many small files in one blob, so that a store writes one object instead of a thousand.
 
-A pack is a blob like any other, at the key of its own BLAKE3, in which each file has a range. There are two kinds.
+A pack is a blob like any other, at the key of its BLAKE3, in which each file has a range. There are two kinds.
 
 `Packing` packs a bundle: the bytes of its small files, one after the other in the bundle's order, equal ones once; a
 file that does not fit begins the next pack. The same files in the same order make the same packs, which are stored
@@ -8,9 +8,9 @@ once. A client that has the files can compute the names of the packs without the
 
 `SharedPacks` packs small bodies of different requests that arrive at the same time, as commands share a transaction. A
 store writes a thousand small objects a second at best, whatever their size. So while packs of a retention class are
-being stored, the small bodies of that class gather, and then become one pack (docs/decisions/shared-packs.md). There is
-no timer: a body that comes alone is stored at once, under the key of its own BLAKE3. A body joins a pack only when all
-of it is in memory and matches what was declared. So a slow or wrong body never affects the others.
+being stored, the small bodies of that class gather, and then become one pack (docs/decisions/shared-packs.md). There
+is no timer: a body that comes alone is stored at once, under the key of its own BLAKE3. A body joins a pack only when
+it is completely in memory and matches its declaration. So a slow or wrong body never affects the others.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class Packing:
         self._found: list[Placed | _Packed] = []
 
     async def store(self, bundle: Bundle) -> list[Placed]:
-        """Store every file of the bundle; returns them in its order, once all their bytes are durable.
+        """Store every file of the bundle. Returns them in the same order, when all their bytes are durable.
 
-        Raises what iterating over the bundle raises, and as `BlobStore.store`. When it raises, files already stored
-        under keys of their own are removed, since nobody else knows these; packs stay, since others may share them.
+        Raises whatever iterating over the bundle raises, and as `BlobStore.store`. If it raises, files that were stored
+        under separate keys are removed, because nobody else knows these; packs stay, because others may share them.
         """
         try:
             async for group in bundle:
@@ -108,7 +108,7 @@ class Packing:
             await self._store_pack()
 
     def _fill(self, files: Sequence[SmallFile], start: int) -> int:
-        """Pack files from number `start` on until one needs another pack; the number of that one. Blocks."""
+        """Pack files from number `start` on until one needs another pack. Returns the number of that one. Blocks."""
         for number in range(start, len(files)):
             file = files[number]
             size = len(file.data)
@@ -137,7 +137,7 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A file that lies in the pack of this number."""
+    """A file in the pack with this number."""
 
     relative_path: str
     media_type: str
@@ -154,7 +154,7 @@ class _Packed:
 
 
 _GAP_BYTES = 64 * 1024
-"""So many bytes that nobody asked for are read rather than asking the store once more."""
+"""Gaps of up to this many unneeded bytes are read, which takes less time than another request."""
 
 _Slice = tuple[bytes, int, int, bytes]
 """Blob, offset, length and digest."""
@@ -197,7 +197,7 @@ def _slice(file: NamedFile) -> _Slice:
 
 
 async def _look_at_whole(blobs: BlobStore, blob: bytes, files: Sequence[NamedFile]) -> None:
-    """Tell the store if the blob is damaged and not just named wrongly: its bytes come next, and must be stored."""
+    """Tell the store if the blob is damaged and not just named wrongly: its bytes will be sent, and must be stored."""
     key = content_key(blob)
     size = await blobs.size(key)
     if size is None:
@@ -208,11 +208,11 @@ async def _look_at_whole(blobs: BlobStore, blob: bytes, files: Sequence[NamedFil
             if (await asyncio.to_thread(blake3, data)).digest() != blob:
                 blobs.mistrust(key)
     elif any((file.blake3, file.offset, file.size_bytes) == (blob, 0, size) for file in files):
-        blobs.mistrust(key)  # it was read whole just now
+        blobs.mistrust(key)  # it has just been read whole
 
 
 def _runs(files: Iterable[NamedFile]) -> Iterator[list[NamedFile]]:
-    """The files of one blob, by offset, in runs that are read at once: close together, PACK_BYTES or one file."""
+    """The files of one blob by offset, in runs to read at once: close together, up to PACK_BYTES or one file."""
     run: list[NamedFile] = []
     start = end = 0
     for file in files:
@@ -252,7 +252,7 @@ def _hash_slices(data: memoryview, files: Sequence[NamedFile], start: int) -> li
 
 
 SHARED_PACK_BYTES = 4 * MIB
-"""Most bytes of a pack. A pack that is being stored takes this much memory in addition to its bodies."""
+"""The most bytes of a pack. A pack that is being stored takes this much memory in addition to its bodies."""
 
 PACKS_AT_ONCE = 2
 """How many packs of a retention class are stored at a time; further bodies gather meanwhile."""
@@ -280,8 +280,8 @@ class SharedPacks:
     ) -> None:
         """Bodies take memory of the store's budget, for which they wait `turn_seconds`.
 
-        `at_once` packs of a retention class are stored at a time, of `pack_bytes` at most. Slow bodies are looked for
-        every `look_seconds` while others wait for memory.
+        `at_once` packs of a retention class are stored at a time, each of at most `pack_bytes`. While others wait for
+        memory, slow bodies are given up every `look_seconds`.
         """
         self._blobs = blobs
         self._memory = blobs.parts.memory
@@ -354,7 +354,7 @@ class SharedPacks:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A body that is completely in memory and matches what was declared."""
+    """A body that is completely in memory and matches its declaration."""
 
     data: bytes
     digests: Digests
@@ -381,7 +381,7 @@ _Waiting = tuple[_Held, "asyncio.Future[StoredBlob]"]
 
 @dataclass(slots=True)
 class _Lane:
-    """Bodies of one retention class that wait for a pack, in the order in which they came."""
+    """Bodies of one retention class that wait for a pack, in the order of their arrival."""
 
     waiting: deque[_Waiting] = field(default_factory=deque)
     under_way: int = 0
@@ -391,11 +391,11 @@ class _Lane:
 
 
 class _Pack:
-    """Bodies one after the other, equal ones once, and the futures that wait for them."""
+    """Consecutive bodies, equal ones once, and the futures that wait for them."""
 
     def __init__(self) -> None:
         self._bodies: dict[bytes, tuple[_Held, int]] = {}
-        """With their offsets, by BLAKE3."""
+        """The bodies with their offsets, by BLAKE3."""
         self._waiting: list[_Waiting] = []
         self._length = 0
 
@@ -405,7 +405,7 @@ class _Pack:
         pack = cls()
         while waiting and (not pack._waiting or pack._length + len(waiting[0][0].data) <= most_bytes):
             held, place = waiting.popleft()
-            if place.done():  # its sender left
+            if place.done():  # its sender has disconnected
                 continue
             pack._waiting.append((held, place))
             if held.digests.blake3 not in pack._bodies:

@@ -1,9 +1,10 @@
 """The port to blob storage: immutable objects, written once, read by key, offset and length.
 
-Two adapters fulfil it (`s3`, `local`) and pass one contract suite, `tests/contract/test_blobs.py`. Keys are POSIX-like:
-those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest, and the
-same below `damaged/` for blobs that `set_aside` moved, which no event names. The store also has small named objects of
-the product itself, below `snapshots/` and `resumable/`. No event names these, and they may be deleted.
+Two adapters implement it (`s3`, `local`) and pass one contract suite, `tests/contract/test_blobs.py`. Keys are
+POSIX-like: those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared
+digest, and the same below `damaged/` for blobs that `set_aside` has moved, which no event names. The store also has
+small named objects of the product itself, below `snapshots/` and `resumable/`. No event names these, and they may be
+deleted.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ __all__ = [
 ]
 
 UPLOADS = "uploads/"
-"""Below this lie large bodies whose digest was not declared."""
+"""The prefix of large bodies whose digest was not declared."""
 
 RESUMABLE = "resumable/"
-"""Below this lies what is known of uploads that span requests, and their last bytes."""
+"""The prefix of the states and the last bytes of uploads over several requests."""
 
 DAMAGED = "damaged/"
-"""Below this lies what `set_aside` moved away from its key."""
+"""The prefix of blobs that `set_aside` has moved away from their keys."""
 
 IDLE_SECONDS = 86_400.0
-"""How long an upload may stand still before `sweep` takes it for abandoned: a day."""
+"""How long an upload may make no progress before `sweep` considers it abandoned: a day."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -61,7 +62,7 @@ class Digests:
 
 @dataclass(frozen=True, slots=True)
 class StoredBlob:
-    """Proof that bytes are durable: where they lie and both digests (raw, 32 bytes), computed while they streamed."""
+    """Proof that bytes are durable: their location, and both digests (raw, 32 bytes), computed while they streamed."""
 
     backend_id: str
     key: str
@@ -85,7 +86,7 @@ def checked_key(key: str) -> str:
 
 
 def checked_object_key(key: str) -> str:
-    """The key itself, if it is a named object's or a prefix of such keys: so no blob is replaced or deleted.
+    """The key itself, if it is that of a named object or a prefix of such keys, so that no blob is replaced or deleted.
 
     Raises:
         ValueError: it begins with neither `snapshots/` nor `resumable/`. CorruptError: as `checked_key`.
@@ -97,7 +98,7 @@ def checked_object_key(key: str) -> str:
 
 
 def checked_removable_key(key: str) -> str:
-    """The key itself, if it is one of a named object or of a body below `uploads/`, which nobody shares.
+    """The key itself, if it is that of a named object or of a body below `uploads/`, which nobody shares.
 
     Raises: as `checked_object_key`.
     """
@@ -106,7 +107,7 @@ def checked_removable_key(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PartsKey:
-    """Which parts belong together: the upload's id, and the token that `PartStore.begin` returned."""
+    """Identifies parts that belong together: the upload's id, and the token that `PartStore.begin` returned."""
 
     upload_id: UUID
     token: str
@@ -114,7 +115,7 @@ class PartsKey:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of an upload: its number, and the tag that tells its bytes from others put under the same number."""
+    """One part of an upload: its number, and the tag that distinguishes its bytes from others with the same number."""
 
     number: int
     etag: str
@@ -141,10 +142,10 @@ class PartAddress:
 
 
 class PartStore(Protocol):
-    """Parts of uploads that span requests and processes, until they become one blob. Belongs to one event loop.
+    """Parts of uploads over several requests and processes, until they become one blob. Belongs to one event loop.
 
-    A part is put under a number that nobody else uses; numbers may have gaps. All parts but the last have the size
-    that `part_bytes` says for the length of the whole.
+    A part is put under a number that nobody else uses; numbers may have gaps. All parts except the last have the size
+    that `part_bytes` gives for the length of the whole.
     """
 
     @property
@@ -165,7 +166,7 @@ class PartStore(Protocol):
     async def begin(self, upload_id: UUID, length: int) -> str:
         """Prepare for parts; returns the token of their `PartsKey`. Raises UnavailableError.
 
-        Each call has its own token, and with it its own parts and blob, even for the same upload.
+        Each call returns another token, and so begins separate parts and a separate blob, even for the same upload.
         """
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
@@ -190,17 +191,17 @@ class PartStore(Protocol):
         """Join the parts into one blob, in this order, and compute both digests of the bytes read back from it.
 
         `digests` are those of all bytes that were put, if the caller has them: the blob is then not read back unless it
-        must be read anyway. May be called again, also by another process, until `discard`. Else it takes as long as
-        reading the whole.
+        must be read anyway. Otherwise, it takes as long as reading the whole. May be called again, also by another
+        process, until `discard`.
 
         Raises:
-            ContentMismatchError: length or a digest differs from what was declared, the length always.
-            UploadNotFoundError: parts are missing or were replaced, for good.
-            CorruptError: what they became cannot be read. UnavailableError.
+            ContentMismatchError: the length, which must be declared, or a declared digest differs.
+            UploadNotFoundError: parts are missing or were replaced, permanently.
+            CorruptError: the joined blob cannot be read. UnavailableError.
         """
 
     def blob_key(self, where: PartsKey) -> str | None:
-        """The upload's own key that `assemble` stores the blob at; None if the blob is content-addressed."""
+        """The upload's own key, at which `assemble` stores the blob; None if the blob is content-addressed."""
 
     async def discard(self, where: PartsKey, *, blob: bool) -> None:
         """Remove all parts and, if `blob` is set, the assembled blob unless others may share it.
@@ -213,7 +214,7 @@ ADDRESS_SECONDS = 900
 """How long a `PartAddress` can be used, by the store's clock."""
 
 PROVEN_SECONDS = 30.0
-"""How long a write that succeeded shows that the store takes writes."""
+"""How long a successful write counts as proof that the store takes writes."""
 
 
 class BlobStore(Protocol):
@@ -231,35 +232,35 @@ class BlobStore(Protocol):
         """Stream `body` into the store, hashing on the way; return once the blob is durable.
 
         Holds at most a few parts in memory, whatever the length. The same bytes are stored once at content-addressed
-        keys. When it raises for any reason, cancellation included, nothing is left behind. The one exception: if the
-        last step was in progress, a complete blob may lie at its content-addressed key, where a retry finds it. `sweep`
-        finds what a killed process leaves.
+        keys. If it raises for any reason, including cancellation, nothing is left behind, with one exception: if the
+        last step was in progress, a complete blob may be left at its content-addressed key, where a retry finds it.
+        `sweep` finds the remains of a killed process.
 
         Raises:
             ContentMismatchError: length or a digest differs from what was declared.
             TooLargeError: the body exceeds `max_bytes`.
             UnavailableError: the store cannot be reached or is full.
-            PushBackError: other uploads hold what memory there is, and nothing of the body was read, unless it is
-                small; or this one came in slowly while others waited for the memory that it held.
+            PushBackError: other uploads hold all the memory, and none of the body was read, unless it is small; or this
+                body was slow while others waited for the memory that it held.
             Whatever iterating over `body` raises.
         """
 
     async def store_bytes(self, data: bytes, digests: Digests) -> StoredBlob:
-        """Store bytes that are in memory at their content address; return once they are durable.
+        """Store bytes from memory at their content address. Returns when they are durable.
 
-        `digests` are theirs, which the caller has computed. Takes no memory from the budget. On failure it leaves
-        behind what `store` leaves. Raises UnavailableError.
+        `digests` are their digests, which the caller has computed. Takes no memory from the budget. On failure it
+        leaves behind what `store` would. Raises UnavailableError.
         """
 
     def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """Stream `length` bytes from `offset` of a blob, in chunks of at most 1 MiB.
 
         Raises (on iteration): CorruptError: the blob is missing or shorter than `offset + length`.
-            UnavailableError: the store cannot be reached, or was lost again and again in the middle.
+            UnavailableError: the store cannot be reached, or was lost repeatedly in the middle.
         """
 
     async def size(self, key: str) -> int | None:
-        """Length of the blob in bytes, None if there is none. Raises UnavailableError, CorruptError (`checked_key`)."""
+        """The blob's length in bytes; None if there is none. Raises UnavailableError, CorruptError (`checked_key`)."""
 
     async def secure(self, key: str) -> None:
         """Make a readable blob durable, so that it survives any crash. Raises UnavailableError.
@@ -268,57 +269,58 @@ class BlobStore(Protocol):
         """
 
     async def set_aside(self, key: str) -> str | None:
-        """Move a damaged blob away from its key, and return its new key, below `damaged/`; None: it is gone.
+        """Move a damaged blob away from its key, and return its new key, below `damaged/`; None if it is gone.
 
         The next upload of the same bytes then stores them again. The caller must check the moved bytes: an upload may
-        have put a sound blob in the damaged one's place meanwhile, and that one must be stored again. Raises
+        have replaced the damaged blob by an intact one meanwhile, which must then be stored again. Raises
         UnavailableError.
         """
 
     def mistrust(self, key: str) -> None:
-        """The blob of this key was found damaged: this process stores the next upload of its bytes again. Until then,
-        intact ranges of the damaged one can still be read.
+        """Note that the blob at this key is damaged: this process stores the next upload of its bytes again.
+
+        Until then, intact ranges of the damaged blob can still be read.
         """
 
     async def fresh_uploads(self) -> frozenset[str]:
-        """The keys below `uploads/` at which `store` puts a body now, or put one less than a day ago.
+        """The keys below `uploads/` at which `store` is putting a body, or has put one less than a day ago.
 
-        An event may still come to name them, whatever their age in the store. Raises UnavailableError.
+        An event may yet name them, whatever their age in the store. Raises UnavailableError.
         """
 
     async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
-        """Remove the blobs below `uploads/` that were stored before that moment (aware) and that are `orphaned`.
+        """Remove the blobs below `uploads/` that were stored before that time (aware) and that are `orphaned`.
 
-        A store may date a blob to when its upload was begun, as Amazon S3 does: that may be long before its completion.
-        `orphaned` is asked for each key, and is to be true only if no event names the key nor ever will. Returns how
+        A store may date a blob to the start of its upload, as Amazon S3 does, which may be long before its completion.
+        `orphaned` is called for each key, and must only be true if no event names the key nor ever will. Returns how
         many were removed. Raises UnavailableError.
         """
 
     async def put_object(self, key: str, data: bytes) -> None:
-        """Write a named object of a few MiB at most, replacing an existing one; return once it is durable.
+        """Write a named object of at most a few MiB, replacing an existing one. Returns when it is durable.
 
         A reader sees the old bytes or the new ones, never a mixture. Raises UnavailableError, and as
         `checked_object_key`, which holds for the other four as well.
         """
 
     async def create_object(self, key: str, data: bytes) -> bool:
-        """Write a named object if there is none of its key; return whether these bytes lie there now, durably.
+        """Write a named object if its key does not exist. Returns whether the object has these bytes now, durably.
 
-        Of simultaneous calls, in any processes, one wins. Equal bytes count as the caller's own, so make them differ.
+        Of simultaneous calls, in any processes, one wins. Equal bytes count as the caller's, so make them differ.
         Raises UnavailableError.
         """
 
     async def get_object(self, key: str) -> bytes | None:
-        """The bytes of a named object, None if there is none. Raises UnavailableError."""
+        """The bytes of a named object; None if there is none. Raises UnavailableError."""
 
     async def list_objects(self, prefix: str) -> list[str]:
         """Keys of all named objects below `prefix`, which ends in a slash; sorted. Raises UnavailableError."""
 
     async def delete_object(self, key: str) -> None:
-        """Remove a named object, if it is there; or a blob below `uploads/` that was never handed on to be named.
+        """Remove a named object, if it exists, or a blob below `uploads/` that no command has named.
 
-        No command may ever have named the blob, even one that was refused, because the refusal may be outdated. A key
-        of a content-addressed blob is refused, since others may share it. Raises UnavailableError.
+        Not even a refused command may have named it, because the refusal may be outdated. The key of a
+        content-addressed blob is refused, because others may share it. Raises UnavailableError.
         """
 
     async def migrate(self) -> None:
@@ -332,19 +334,19 @@ class BlobStore(Protocol):
 
     @property
     def clock(self) -> StoreClock:
-        """The store's clock, as its last answers tell it; the system's where the store has none of its own."""
+        """The store's clock, known from its last answers; the system's if the store has no separate one."""
 
     async def now(self) -> datetime:
-        """Ask for the time (aware) by which the store dates what it holds. Raises UnavailableError."""
+        """Ask for the time (aware) by which the store dates its objects. Raises UnavailableError."""
 
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
         """Abort the uploads without progress for `idle_seconds` before `now`, and return their number.
 
         `now` is the time by the store's clock: a system clock that is ahead would abort uploads in progress.
 
-        Removes unfinished uploads only, never a blob; safe beside running uploads and other sweeps. Raises
+        Only removes unfinished uploads, never a blob. Safe beside running uploads and other sweeps. Raises
         UnavailableError.
         """
 
     async def close(self) -> None:
-        """Release connections and threads, once clean-ups are done. The store cannot be used afterwards."""
+        """Release connections and threads after running clean-ups. The store cannot be used afterwards."""

@@ -28,9 +28,9 @@ Place = tuple[str, int]
 """Key and offset."""
 
 HELD_BYTES = 1 << 20
-"""As much as one chunk may have."""
+"""The most bytes of a file that is held in memory: as many as one chunk may have."""
 _BEGUN = b""
-"""What a generator gives first, so that it has begun before it is handed on."""
+"""The first item of a generator, so that it has begun before it is handed on."""
 _log = logging.getLogger(__name__)
 
 BAD_READS = Counter(
@@ -60,11 +60,11 @@ class SoundReads:
         await self._hot.close()
 
     async def whole(self, places: Sequence[Place], digest: bytes, size: int) -> AsyncGenerator[bytes, None]:
-        """All `size` bytes of the BLAKE3 digest (32 raw bytes), from the first place that has them.
+        """All `size` bytes with this BLAKE3 digest (32 raw bytes), from the first place that has them.
 
-        What can be found out before the first byte is found out here.
+        Errors before the first byte are raised here.
 
-        Raises (here or on iteration): CorruptError: no place has them, or this one turned out to have others.
+        Raises (here or on iteration): CorruptError: no place has them, or this one turned out to have other bytes.
             UnavailableError.
         """
         if size <= HELD_BYTES:
@@ -74,12 +74,12 @@ class SoundReads:
         for place in self._ordered(places):
             try:
                 return await _begun(self._checked(place, digest, await _begun(self._read(place, 0, size))))
-            except (CorruptError, UnavailableError) as error:  # one that the store cannot give is not all there is
+            except (CorruptError, UnavailableError) as error:  # another place may have the bytes
                 missing = missing or error
         raise _reported(missing)
 
     async def held(self, places: Sequence[Place], digest: bytes, size: int) -> bytes:
-        """As `whole`, at once: of a file that has at most HELD_BYTES. Raises as `whole`."""
+        """As `whole`, but returns the bytes of a file that has at most HELD_BYTES. Raises as `whole`."""
         missing: CorruptError | UnavailableError | None = None
         for place in self._ordered(places):
             try:
@@ -98,7 +98,7 @@ class SoundReads:
         raise _reported(missing)
 
     async def part(self, places: Sequence[Place], offset: int, length: int) -> AsyncGenerator[bytes, None]:
-        """`length` bytes from `offset` of the file, from the first place that has so many. Raises as `whole`."""
+        """`length` bytes at `offset` of the file, from the first place that has as many. Raises as `whole`."""
         missing: CorruptError | UnavailableError | None = None
         for place in self._ordered(places):
             try:
@@ -108,7 +108,7 @@ class SoundReads:
         raise _reported(missing)
 
     async def _read(self, place: Place, offset: int, length: int) -> AsyncGenerator[bytes, None]:
-        """To be begun: so a miss shows in the beginning. No bytes need no place."""
+        """A generator that must be begun, so that a missing blob is noticed at once. No bytes need no place."""
         if not length:
             yield _BEGUN
             return
@@ -124,7 +124,7 @@ class SoundReads:
     async def _checked(
         self, place: Place, digest: bytes, chunks: AsyncGenerator[bytes, None]
     ) -> AsyncGenerator[bytes, None]:
-        """To be begun."""
+        """A generator that must be begun."""
         hasher = blake3()
         held = _BEGUN
         async with aclosing(chunks):

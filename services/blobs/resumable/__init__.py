@@ -1,1 +1,1 @@
-"""Uploads that span requests, on any blob store: begin with `uploads`; `states` keeps their state in the store."""
+"""Uploads over several requests, on any blob store: begin with `uploads`; `states` keeps their states in the store."""

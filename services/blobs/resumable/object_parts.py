@@ -1,6 +1,6 @@
-"""Parts of uploads as named objects of their own, copied into one blob at the end: for folders, and for small uploads.
+"""Parts of uploads as separate named objects, copied into one blob at the end: for folders, and for small uploads.
 
-The copy costs no extra read, since the bytes have to be read for their digests anyway.
+The copy costs no extra read, because the bytes have to be read for their digests anyway.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ObjectParts:
 
     @property
     def max_number(self) -> int:
-        """See the port. There is no bound but that of the names."""
+        """See the port. Only the form of the names limits it."""
         return 99_999_999
 
     def part_bytes(self, length: int) -> int:
@@ -48,7 +48,7 @@ class ObjectParts:
         return self._part_bytes
 
     async def begin(self, upload_id: UUID, length: int) -> str:
-        """See the port. Nothing has to be prepared; the parts of another call have other names."""
+        """See the port. Nothing must be prepared; the parts of another call have other names."""
         return uuid4().hex
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
@@ -57,7 +57,7 @@ class ObjectParts:
         return ""
 
     async def takes_direct(self, where: PartsKey) -> bool:
-        """See the port. They are objects of the gateways."""
+        """See the port. They cannot, because these parts are objects of the gateways."""
         return False
 
     def addresses(self, where: PartsKey, parts: Sequence[DirectPart]) -> list[PartAddress]:
@@ -71,7 +71,7 @@ class ObjectParts:
     async def assemble(
         self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
     ) -> StoredBlob:
-        """See the port. The copy reads all of it."""
+        """See the port. The copy reads everything."""
 
         async def pieces() -> AsyncIterator[bytes]:
             for part in parts:
@@ -85,7 +85,7 @@ class ObjectParts:
         return await self._blobs.store(pieces(), declared=declared, max_bytes=self.longest)
 
     def blob_key(self, where: PartsKey) -> str | None:
-        """See the port: content-addressed, and no upload's own."""
+        """See the port. Always None, because the blob is content-addressed."""
         return None
 
     async def discard(self, where: PartsKey, *, blob: bool) -> None:

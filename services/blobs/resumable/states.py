@@ -1,15 +1,15 @@
-"""The states of uploads that span requests, kept in the blob store itself: any process can continue any upload.
+"""The states of uploads over several requests, kept in the blob store itself: any process can continue any upload.
 
 The state of an upload is an object `resumable/<upload id>/state-<number>`. A state is never changed: its successor is
-created under the next number, which only one process can do. That process then checks again that the previous state is
-still there and that there is no later one. Otherwise a writer that was stalled for long might use a number that was
+created under the next number, which only one process can do. That process then checks again that the previous state
+still exists and that there is no later one. Otherwise a writer that was stalled for long might use a number that was
 used and removed long ago, or continue a removed upload beside a new one with the same id. After the check it removes
 the older states, or the new one if it is invalid. The store only has to support objects that are created once, and no
 clock is needed.
 
-Others who may write to the bucket must not decide what an event names: a state holds digests of bytes, an actor and a
-path. With a key, states end in a tag, BLAKE3 keyed with it over the object's name and the rest. A state with a missing
-or wrong tag is ignored: its upload does not exist.
+Others who may write to the bucket must not decide what an event names: a state has digests of bytes, an actor and a
+path. With a key, states end with a tag, BLAKE3 keyed with it over the object's name and the rest. A state with a
+missing or wrong tag is ignored: its upload does not exist.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class UploadState(BaseModel):
     blake3: str | None
     sha256: str | None
     metadata: str | None
-    """`Upload-Metadata` as it came."""
+    """`Upload-Metadata`, unchanged."""
 
     token: str
     part_bytes: int
@@ -81,14 +81,14 @@ class UploadState(BaseModel):
     active_at: AwareDatetime
     parts: tuple[Part, ...] = ()
     next_number: int = 1
-    """Parts of this number and above were put by nobody."""
+    """The lowest number that was never reserved: nobody has put parts with this number or above."""
     held: int = 0
     """Bytes in `parts`."""
     tail: str | None = None
-    """The key of the object with the bytes behind the parts."""
+    """The key of the object with the bytes after the parts."""
     tail_bytes: int = 0
     holder: UUID | None = None
-    """The request that adds bytes now."""
+    """The request that is adding bytes now."""
     gone: bool = False
     stored: StoredBlob | None = None
     """The blob that it became: from here on an event may name it."""
@@ -102,12 +102,12 @@ class UploadState(BaseModel):
 
     @property
     def offset(self) -> int:
-        """Bytes that are there."""
+        """The number of stored bytes."""
         return self.held + self.tail_bytes
 
     @property
     def complete(self) -> bool:
-        """Whether all bytes are there."""
+        """Whether all bytes are stored."""
         return self.offset == self.length
 
     @property
@@ -126,7 +126,7 @@ class UploadState(BaseModel):
 
     def changed(self, **fields: object) -> UploadState:
         """The state that follows with these fields."""
-        # In steps of the upload's own: another upload that had the same id before has other numbers.
+        # The step is specific to this upload, so that an earlier upload with the same id has other numbers.
         step = 1 + int.from_bytes(blake3(self.token.encode()).digest(4), "big")
         return self.model_copy(update={**fields, "number": self.number + step, "nonce": uuid4()})
 
@@ -140,7 +140,7 @@ class UploadStates:
         self._key = key
 
     async def load(self, upload_id: UUID) -> UploadState | None:
-        """The newest state, None if there is no such upload. Raises UnavailableError, CorruptError.
+        """The newest state; None if there is no such upload. Raises UnavailableError, CorruptError.
 
         A state that others wrote into the store is ignored.
         """
@@ -172,7 +172,7 @@ class UploadStates:
     async def replace(self, old: UploadState, **fields: object) -> UploadState:
         """Write the successor of a state and return it.
 
-        Raises SupersededError: somebody else did, or the upload is gone; others may have seen the new state
+        Raises SupersededError: somebody else has written one, or the upload is gone; others may have seen the new state
         nevertheless. UnavailableError: the outcome is unknown.
         """
         new = old.changed(**fields)
@@ -182,20 +182,20 @@ class UploadStates:
         return new
 
     async def remove(self, state: UploadState) -> None:
-        """Remove an upload and all that it left but a blob that an event may name.
+        """Remove an upload and everything that it left, except a blob that an event may name.
 
-        Raises SupersededError: it was changed meanwhile; UnavailableError: what is left is found by the sweep.
+        Raises SupersededError: it was changed meanwhile; UnavailableError: the sweep will find the remains.
         """
         last = state if state.gone else await self.replace(state, gone=True, tail=None, tail_bytes=0, holder=None)
         await self._blobs.parts.discard(last.where, blob=last.stored is None)
         await self._clear(last.upload_id, [last.number])
 
     async def remove_with_blob(self, state: UploadState) -> None:
-        """As `remove`, of an upload whose blob was stored and is known to be named by no event."""
+        """As `remove`, for an upload whose blob was stored and is certainly not named by any event."""
         await self.remove(await self.replace(state, stored=None))
 
     async def sweep(self, *, now: datetime, idle_seconds: float) -> int:
-        """Remove uploads that were idle for so long; return how many. See `BlobStore.sweep`."""
+        """Remove uploads that were idle for this long. Returns how many. See `BlobStore.sweep`."""
         swept = 0
         for upload_id in _uploads(await self._blobs.list_objects(RESUMABLE)):
             try:
@@ -218,21 +218,21 @@ class UploadStates:
         keys = await self._blobs.list_objects(_folder(state.upload_id))
         numbers = _numbers(keys)
         if numbers[-1:] != [state.number] or (follows is not None and follows.number not in numbers):
-            if numbers[-1:] == [state.number]:  # its upload was removed: it may not be taken for the next one's state
+            if numbers[-1:] == [state.number]:  # its upload was removed; it must not be taken for a later one's state
                 await self._blobs.delete_object(key)
             raise SupersededError(f"upload {state.upload_id} was changed by another request")
         for number in numbers[:-1]:
             await self._blobs.delete_object(_key(state.upload_id, number))
 
     def _sealed(self, key: str, state: UploadState) -> bytes:
-        """The state as its object has it, with a tag if there is a key."""
+        """The content of the state's object, with a tag if there is a key."""
         if self._key is None:
             return state.model_dump_json().encode()
         body = state.model_copy(update={"form": max(state.form, _TAGGED)}).model_dump_json().encode()
         return body[:-1] + _TAG + self._tag(self._key, key, body) + b'"}'
 
     def _is_authentic(self, key: str, data: bytes) -> bool:
-        """Whether a gateway with this one's key wrote the object, under this name. Everything is without a key."""
+        """Whether a gateway with the same key wrote the object under this name. Always true without a key."""
         if self._key is None:
             return True
         body, _, tag = data.rpartition(_TAG)
@@ -243,7 +243,7 @@ class UploadStates:
         return blake3(key.encode() + b"\n" + body, key=secret).hexdigest().encode()
 
     async def _newest(self, upload_id: UUID) -> UploadState | None:
-        """As `load`, but also a state that says that the upload is gone, whose removal was interrupted."""
+        """As `load`, but also returns the state of an upload whose removal was interrupted: it says that it is gone."""
         numbers = _numbers(await self._blobs.list_objects(_folder(upload_id)))
         data = await self._blobs.get_object(_key(upload_id, numbers[-1])) if numbers else None
         if numbers and data is None:
@@ -251,7 +251,7 @@ class UploadStates:
         return None if data is None else _read(data, numbers[-1])
 
     async def blob_keys(self) -> frozenset[str]:
-        """The keys of their own under which uploads have stored a blob, or may yet: an event may come to name it."""
+        """The uploads' own keys at which they have stored a blob, or may yet do so; an event may yet name it."""
         found: set[str] = set()
         for upload_id in _uploads(await self._blobs.list_objects(RESUMABLE)):
             state = await self.load(upload_id)
@@ -261,9 +261,10 @@ class UploadStates:
         return frozenset(found)
 
     async def _clear(self, upload_id: UUID, newest: list[int]) -> None:
-        """Remove all objects of an upload, the newest state, which says that it is gone, last.
+        """Remove all objects of an upload; the newest state, which says that it is gone, is removed last.
 
-        Nothing if that is not the newest any more: another has removed it, and there may be a new one by now.
+        Does nothing if that is no longer the newest state: another process has removed the upload, and there may be a
+        new one by now.
         """
         keys = await self._blobs.list_objects(_folder(upload_id))
         numbers = _numbers(keys)
@@ -275,7 +276,7 @@ class UploadStates:
 
 
 async def sweep_states(blobs: BlobStore, *, now: datetime, idle_seconds: float) -> int:
-    """`UploadStates.sweep` of a store, for its own sweep."""
+    """Run `UploadStates.sweep` as a part of the store's sweep."""
     return await UploadStates(blobs).sweep(now=now, idle_seconds=idle_seconds)
 
 
@@ -301,7 +302,7 @@ def _numbers(keys: Sequence[str]) -> list[int]:
 def _uploads(keys: Sequence[str]) -> list[UUID]:
     found: set[UUID] = set()
     for key in keys:
-        with suppress(ValueError):  # a file manager's own, as `.DS_Store`: nobody's upload
+        with suppress(ValueError):  # a file manager's file such as `.DS_Store`, which is not an upload
             found.add(UUID(key.split("/")[1]))
     return sorted(found)
 

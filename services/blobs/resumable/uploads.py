@@ -1,8 +1,9 @@
-"""Uploads that span requests: begun, added to, and finally recorded by the same command as a single request.
+"""Uploads over several requests: begun, added to, and finally recorded by the same command as a single request.
 
-Only the bytes that are just arriving are in this process alone, so any process on the same store can continue an
-upload. A request that adds bytes marks the upload's state as held, and renews this while bytes come. After HOLD_SECONDS
-without renewal, as after a crash, the next request takes over, and the first can no longer commit anything.
+Only the bytes that are just arriving are solely in this process, so any process on the same store can continue an
+upload. A request that adds bytes marks the upload's state as held, and renews the mark while bytes arrive. After
+HOLD_SECONDS without renewal, as after a crash, the next request takes over, and the first one can no longer commit
+anything.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from services.blobs.resumable.states import (
 from services.core.wire import OLDEST, decode_acknowledgement, encode_acknowledgement
 
 HOLD_SECONDS = 10.0
-"""For so long after its last sign of life nobody takes an upload from whoever adds to it."""
+"""For this long after its last renewal, no other request can take the upload from the one that adds to it."""
 
 _SAVE_SECONDS = 30.0  # for storing the received bytes of an interrupted request
 _log = logging.getLogger(__name__)
@@ -75,13 +76,13 @@ class NewUpload:
     command_id: UUID | None = None
     metadata: str | None = None
     principal: str | None = None
-    """Who begins it in the actor's name; None: the actor."""
+    """The sender, if they begin it in the actor's name; None if the actor begins it."""
     drawn: UUID = field(default_factory=uuid4)
-    """Its id unless a command id gives one."""
+    """Its id, unless it is derived from a command id."""
 
     @property
     def upload_id(self) -> UUID:
-        """The upload's id, the same for each try of the command."""
+        """The upload's id, which is the same in each attempt of the command."""
         return self.drawn if self.command_id is None else uuid5(self.package_id, f"upload:{self.command_id}")
 
 
@@ -111,7 +112,7 @@ class ResumableUploads:
         self._check = check
         self._record = record
         self._sender: str | None = None
-        """Whose uploads alone are there; None: everybody's."""
+        """The sender whose uploads are visible; None: everybody's."""
         self._may_write: MayWrite | None = None
         self._clock = clock or blobs.clock.now
         self._hold = timedelta(seconds=hold_seconds)
@@ -119,7 +120,7 @@ class ResumableUploads:
         self._cleanups = Cleanups(_SAVE_SECONDS)
         self._finishing: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
         self.longest = min(max_file_bytes, self._parts.longest)
-        """Most bytes that an upload may have."""
+        """The most bytes that an upload may have."""
 
     def for_caller(self, sender: str, check: CheckIngest, record: Record, may_write: MayWrite) -> ResumableUploads:
         """The uploads as one caller sees them: only their own, and only while they may write to the package."""
@@ -132,8 +133,8 @@ class ResumableUploads:
         offset.
 
         Raises:
-            InvalidRequestError, InvalidPathError, TooLargeError, and what the writer says of package and path.
-            CommandReusedError: the command id is that of another upload to this package.
+            InvalidRequestError, InvalidPathError, TooLargeError, and the writer's errors about package and path.
+            CommandReusedError: another upload to this package has the command id.
         """
         check_path(new.relative_path)
         check_text("actor", new.actor)
@@ -149,9 +150,9 @@ class ResumableUploads:
         return await self.finished(found)
 
     async def find(self, package_id: UUID, upload_id: UUID) -> UploadState:
-        """The upload as it is now; one that has all its bytes is finished first.
+        """The upload's present state; an upload with all its bytes is finished first.
 
-        Raises UploadNotFoundError; what `finish` raises.
+        Raises UploadNotFoundError; otherwise as `finish`.
         """
         return await self.finished(await self._known(package_id, upload_id))
 
@@ -168,14 +169,14 @@ class ResumableUploads:
     ) -> UploadState:
         """Append the body's bytes after the first `offset` bytes; the received part of a body that broke off is kept.
 
-        With `whole` or a `checksum` all of the body is taken or nothing. The last byte finishes the upload. `size` is
-        the length of the body, where it is known.
+        With `whole` or a `checksum`, either the whole body is accepted or nothing. The last byte finishes the upload.
+        `size` is the length of the body, if it is known.
 
         Raises:
             UploadNotFoundError, UploadOffsetError.
             UploadBusyError: another request adds to the upload, or did so a moment ago.
-            ChecksumMismatchError. TooLargeError: the body is longer than what is missing.
-            PushBackError, UnavailableError; whatever iterating over `body` raises; what the command is refused for.
+            ChecksumMismatchError. TooLargeError: the body is longer than the missing part.
+            PushBackError, UnavailableError; whatever iterating over `body` raises; the errors of a refused command.
         """
         state = await self._standing_at(package_id, upload_id, offset)
         if size is not None and size > state.length - offset:
@@ -198,7 +199,7 @@ class ResumableUploads:
         return await self.finished(state)
 
     async def direct_part_bytes(self, state: UploadState) -> int | None:
-        """How large the parts are that a client may send straight to the store by `send_direct`; None: it may not."""
+        """The size of parts that a client may send straight to the store by `send_direct`; None if it may not."""
         may = not state.complete and state.tail is None and await self._parts.takes_direct(state.where)
         return state.part_bytes if may else None
 
@@ -212,15 +213,15 @@ class ResumableUploads:
     ) -> tuple[UploadState, list[tuple[DirectPart, PartAddress]]]:
         """Add parts that the client has `sent` to the store, with their ETags, and give addresses of further ones.
 
-        Parts follow each other from `offset` on, the `wanted` ones, each a length and a CRC-32, after those that were
+        Parts are consecutive from `offset` on; the `wanted` ones, each a length and a CRC-32, follow those that were
         sent. No addresses are returned if direct access is unavailable now, or no bytes are missing: then the upload
         continues with `append`. The last part finishes the upload. The client's claims about the bytes are not trusted:
         all of them are read back and hashed.
 
         Raises:
             UploadNotFoundError, UploadOffsetError, UploadBusyError: as `append`.
-            InvalidRequestError: a part has another length than its place demands, or a number that was not given out.
-            TooLargeError: all numbers of parts are used up. UnavailableError; what the command is refused for.
+            InvalidRequestError: a part has a wrong length for its offset, or a number that was not given out.
+            TooLargeError: all numbers of parts are used up. UnavailableError; the errors of a refused command.
         """
         state = await self._standing_at(package_id, upload_id, offset)
         if state.complete:
@@ -243,7 +244,7 @@ class ResumableUploads:
             raise TooLargeError("the upload was interrupted too often: begin a new one")
         parts = (*state.parts, *(self._parts.sent(part, etag) for part, etag in sent))
         try:
-            # Before an address is handed out, so that a later request uses other numbers.
+            # Reserve the numbers before an address is handed out, so that a later request uses others.
             state = await self._states.replace(
                 state,
                 parts=parts,
@@ -289,7 +290,7 @@ class ResumableUploads:
                     continue
 
     async def is_open(self, upload_id: UUID) -> bool:
-        """Whether there is such an unfinished upload, of any caller.
+        """Whether such an unfinished upload exists, of any caller.
 
         Raises UnavailableError, CorruptError.
         """
@@ -340,7 +341,7 @@ class ResumableUploads:
         return state
 
     async def _undo(self, state: UploadState) -> None:
-        """Remove what was just begun, whether its state was written or not, unless somebody goes on with it."""
+        """Remove an upload that was just begun, whether its state was written or not, unless somebody continues it."""
         try:
             await self._states.remove(state)
         except SupersededError:
@@ -375,7 +376,7 @@ class ResumableUploads:
             # Only if the command was never tried before is it certain that no event names the stored bytes.
             await (self._states.remove_with_blob(state) if first else self._states.remove(state))
             raise
-        answer = encode_acknowledgement(done, OLDEST).hex()  # the previous release may be the one that reads it
+        answer = encode_acknowledgement(done, OLDEST).hex()  # in a version that the previous release can read
         state = await self._states.replace(state, answer=answer, active_at=self._clock())
         await self._parts.discard(state.where, blob=False)
         return state
@@ -386,12 +387,12 @@ class ResumableUploads:
         _log.warning("upload %s was given up: the blob store has removed parts of it", state.upload_id)
 
     async def _known(self, package_id: UUID, upload_id: UUID, token: str | None = None) -> UploadState:
-        """With a token that very upload: once it was removed, another may have begun under its id."""
+        """The upload's state. With a token, only of the very same upload: another one may have begun under its id."""
         # Before the lookup, so that a caller who may not write to the package cannot tell whether the upload exists.
         visible = token is not None or self._may_write is None or await self._may_write(package_id)
         state = await self._alive(upload_id) if visible else None
         if state is not None and self._sender is not None and state.sender != self._sender:
-            state = None  # its event would name an actor who did not send these bytes
+            state = None  # otherwise its event would name an actor who did not send these bytes
         if state is None or state.package_id != package_id or (token is not None and state.token != token):
             raise UploadNotFoundError(
                 f"package {package_id} has no upload {upload_id}: it expired, was ended or was refused; begin a new one"
@@ -399,14 +400,14 @@ class ResumableUploads:
         return state
 
     async def _standing_at(self, package_id: UUID, upload_id: UUID, offset: int) -> UploadState:
-        """The upload, which has so many bytes. Raises UploadNotFoundError, UploadOffsetError."""
+        """The upload, which must have this many bytes. Raises UploadNotFoundError, UploadOffsetError."""
         state = await self._known(package_id, upload_id)
         if offset != state.offset:
             raise UploadOffsetError(f"the upload stands at {state.offset}, not at {offset}: continue from there")
         return state
 
     async def _alive(self, upload_id: UUID) -> UploadState | None:
-        """The upload unless it has expired, of which nothing is left after this."""
+        """The upload, unless it has expired: then it is removed completely."""
         state = await self._states.load(upload_id)
         if state is None or self._clock() < self.expires_at(state):
             return state
@@ -422,12 +423,12 @@ class ResumableUploads:
 
 
 def acknowledgement_of(state: UploadState) -> Acknowledgement | None:
-    """The answer to the command that named the upload's file, None before."""
+    """The answer to the command that named the upload's file; None before that."""
     return None if state.answer is None else decode_acknowledgement(bytes.fromhex(state.answer), OLDEST)
 
 
 def _behind(state: UploadState, at: int, length: int) -> int:
-    """Where a part at this offset ends. Raises InvalidRequestError: parts at that offset have another length."""
+    """The end of a part at this offset. Raises InvalidRequestError: parts at that offset have another length."""
     right = min(state.part_bytes, state.length - at)
     if length != right or not right:
         raise InvalidRequestError(f"a part at offset {at:,} must have {right:,} bytes, not {length:,}")
@@ -445,10 +446,10 @@ def _same(state: UploadState, new: NewUpload) -> bool:
 
 
 RENEW_SECONDS = 3.0
-"""How often a request that gets bytes says so; far below the time after which it is taken for dead."""
+"""How often a request that receives bytes renews its mark; far below the time after which it is considered dead."""
 
 _HASHED_BYTES = 2 << 20  # at a time: a thread that hashes waits for Python's lock after each piece
-_RESERVED = 4  # part numbers at a time: so many parts at most are sent again after a crash
+_RESERVED = 4  # part numbers reserved at a time: at most this many parts are sent again after a crash
 
 
 class _Hash(Protocol):
@@ -458,11 +459,11 @@ class _Hash(Protocol):
 
 
 ALGORITHMS: dict[str, Callable[[], _Hash]] = {
-    "sha1": lambda: hashlib.sha1(usedforsecurity=False),  # which tus demands, against damage on the way
+    "sha1": lambda: hashlib.sha1(usedforsecurity=False),  # tus demands it, against damage in transit
     "sha256": hashlib.sha256,
     "blake3": blake3,
 }
-"""What a body's checksum may be made with."""
+"""The algorithms for a body's checksum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,7 +474,7 @@ class Checksum:
     digest: bytes
 
     def __post_init__(self) -> None:
-        """Raises InvalidRequestError for an algorithm that is not known, or a digest of another length."""
+        """Raises InvalidRequestError for an unknown algorithm, or a digest with a wrong length."""
         if self.algorithm not in ALGORITHMS:
             raise InvalidRequestError(f"checksums are supported with {', '.join(ALGORITHMS)}")
         if len(self.digest) != len(ALGORITHMS[self.algorithm]().digest()):
@@ -481,7 +482,7 @@ class Checksum:
 
 
 class Appending:
-    """One such request. Belongs to one task and runs once."""
+    """One request that adds bytes. Belongs to one task and runs once."""
 
     def __init__(
         self,
@@ -494,9 +495,9 @@ class Appending:
         *,
         whole: bool,
     ) -> None:
-        """`state` is the newest one; all others are refused when it runs.
+        """`state` must be the newest one; any other is refused when this runs.
 
-        With `whole` or a `checksum` a body that ends in an error adds nothing.
+        With `whole` or a `checksum`, a body that ends with an error adds nothing.
         """
         self._blobs = blobs
         self._parts = blobs.parts
@@ -523,14 +524,14 @@ class Appending:
 
     @property
     def digests(self) -> Digests | None:
-        """Of the whole upload, if this request has brought all of it."""
+        """The digests of the whole upload, if this request has brought all of it."""
         found = None if self._body is None else self._body.digests()
         return found if found is not None and found.length == self._state.length == self._state.held else None
 
     async def run(self, body: AsyncIterator[bytes]) -> UploadState:
-        """Take the body and return the upload's state after it. Raises as `ResumableUploads.append`, SupersededError.
+        """Accept the body and return the upload's state after it. Raises as `ResumableUploads.append`, SupersededError.
 
-        Received bytes are stored even when it raises, unless the body was all or nothing, or too long.
+        Received bytes are stored even if it raises, unless the body was all or nothing, or too long.
         """
         with self._parts.memory.share() as share:
             first = min(self._state.part_bytes, self._state.length - self._state.held)
@@ -563,7 +564,7 @@ class Appending:
             await self._renew(force=False)
 
     async def _next(self, share: Share) -> None:
-        """Send the buffer, which is full, and make room for the next part. Raises TooLargeError: there is none."""
+        """Send the full buffer, and make room for the next part. Raises TooLargeError: there are no more parts."""
         left = self._state.length - self._start() - len(self._filled())
         if left == 0:
             raise TooLargeError(f"the body is longer than the {self._state.length:,} bytes of the upload")
@@ -579,7 +580,7 @@ class Appending:
         self._buffer, self._room, self._fresh = PartBuffer(size), size, False
 
     async def _send(self) -> None:
-        """Put the buffer, once the one before it is there."""
+        """Put the buffer after the previous one is stored."""
         await self._settle()
         if self._number == self._reserved:
             await self._renew(force=True)
@@ -591,7 +592,7 @@ class Appending:
         self._sending.add_done_callback(lambda _: part.close())
 
     async def _put(self, number: int, part: PartBuffer) -> str:
-        """Store a part, and hash it meanwhile; gives its `etag`."""
+        """Store a part, and hash it meanwhile. Returns its `etag`."""
         if self._body is None:
             return await self._parts.put(self._state.where, number, part)
         hashing = self._body.update_beside(part.views(_HASHED_BYTES))
@@ -604,7 +605,7 @@ class Appending:
         """Wait until the part that is being sent is stored. Raises UnavailableError."""
         if self._sending is None:
             return
-        await asyncio.wait({self._sending})  # which a cancellation leaves running
+        await asyncio.wait({self._sending})  # a cancellation leaves it running
         sent, self._sending = self._sending, None
         number, self._number = self._number, self._number + 1
         self._failed = True
@@ -622,9 +623,9 @@ class Appending:
                 self._done, self._done_bytes = [], 0
 
     async def _save(self, *, keep: bool) -> None:
-        """Store the received bytes, and release the upload. Without `keep` it stays at the last committed offset.
+        """Store the received bytes, and release the upload. Without `keep`, it stays at the last committed offset.
 
-        The caller may leave meanwhile, so the buffer is closed here.
+        The caller may be cancelled meanwhile, so the buffer is closed here.
         """
         moved: dict[str, Any] = {}
         try:
@@ -641,7 +642,7 @@ class Appending:
             )
 
     async def _save_buffer(self) -> dict[str, Any]:
-        """The last bytes: as a part if they fill one, or complete the upload; as a tail if not."""
+        """Store the last bytes: as a part if they fill one or complete the upload, otherwise as a tail."""
         buffer = self._filled()
         if self._room == 0:
             await self._send()
@@ -672,7 +673,7 @@ class Appending:
         return {"holder": self._holder, "next_number": self._reserved, "active_at": self._clock()}
 
     def _unused(self) -> int:
-        """The first number under which no part was put, nor still may be."""
+        """The lowest number under which no part was put, nor may still be put."""
         return self._number + (self._sending is not None)
 
     def _moved(self) -> dict[str, Any]:
@@ -685,7 +686,7 @@ class Appending:
         }
 
     def _start(self) -> int:
-        """Where the buffer's bytes lie in the upload."""
+        """The offset of the buffer's bytes in the upload."""
         return self._state.held + self._done_bytes + (self._sending_bytes if self._sending is not None else 0)
 
     def _filled(self) -> PartBuffer:
