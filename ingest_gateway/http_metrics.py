@@ -119,6 +119,15 @@ class Metrics:
         self._uploads.set_function(uploads)
         self._downloads.set_function(downloads)
 
+    def show_bucket(self, name: str) -> None:
+        """Show where the process keeps blobs, as `bucket_of` names it."""
+        Gauge(
+            "artifact_store_bucket_info",
+            "1; the label says in which bucket this process keeps blobs. All gateways must have the same",
+            ("bucket",),
+            registry=self.registry,
+        ).labels(name).set(1)
+
     def watch_database(self, in_use: Callable[[], float]) -> None:
         """Set the function that gives the number of database connections in use at each scrape."""
         Gauge(

@@ -34,6 +34,7 @@ from ingest_gateway.peers.internal_listener import MAX_TAKEN
 from ingest_gateway.protocol.connections import AllowedHosts, Server
 from ingest_gateway.protocol.declaration import document
 from ingest_gateway.siblings import Member, Siblings
+from services.blobs.open import bucket_of
 from services.config import Settings
 from services.identity.authenticator import Authenticator
 from services.runtime import tls
@@ -102,6 +103,7 @@ async def serve(
     checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
     address = listen_address(settings)
     metrics = Metrics(opened.metrics)
+    metrics.show_bucket(bucket_of(settings))
     metrics.watch_database(lambda: opened.views.connections_in_use)
     metrics.watch_memory(lambda: opened.blobs.parts.memory.limit - opened.blobs.parts.memory.free)
     if is_embedded(settings):

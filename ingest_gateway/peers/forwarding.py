@@ -73,6 +73,8 @@ class ProcessStatus:
     """Free space on the disk of the process's state; None if it has no state yet."""
     certificates: Mapping[str, float]
     """When its certificates expire, in seconds since 1970, by setting."""
+    bucket: str | None = None
+    """Where it keeps blobs, as `bucket_of` names it; None if its release does not say so."""
 
 
 _STATUS = TypeAdapter(PartitionStatus)

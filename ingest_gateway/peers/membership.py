@@ -14,6 +14,7 @@ from ingest_gateway.health import Check, Checks, readiness
 from ingest_gateway.peers.authentication import PeerCredentials
 from ingest_gateway.peers.forwarding import HttpForwarder, ProcessStatus
 from ingest_gateway.peers.internal_listener import InternalListener
+from services.blobs.open import bucket_of
 from services.config import Settings
 from services.core.decide import Limits
 from services.identity.audit import Audit
@@ -93,4 +94,5 @@ async def _about(settings: Settings, writer: KafkaWriter, checks: Checks) -> Pro
         writer.clock_skew_seconds,
         writer.state_free_bytes,
         ends,
+        bucket_of(settings),
     )

@@ -28,6 +28,12 @@ _FORMS = "file:FOLDER, s3://host:port/BUCKET (TLS) or s3+http://host:port/BUCKET
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
+def bucket_of(settings: Settings) -> str:
+    """The bucket, or the folder, that `settings.blobs_url` names. Its host may have several names and is left out."""
+    url = urlsplit(settings.blobs_url)
+    return url.path if url.scheme == "file" else url.path.strip("/")
+
+
 def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
     """The blob store that `settings.blobs_url` names; its clock is compared with `clock`. Does not connect yet.
 

@@ -9,7 +9,7 @@ import asyncio
 import importlib
 import shutil
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,10 +255,27 @@ async def _gateways(settings: Settings, finding: Finding) -> None:
         await log.close()
     for process in found:
         finding.wrong += [f"{process['url']}: {trouble}" for trouble in troubles_of(process)]
+    if (differ := buckets_differ(found)) is not None:
+        finding.wrong.append(differ)
     releases = sorted({process["release"] for process in found if process["trouble"] is None})
     finding.remarks.append(f"{len(found)} processes{', release ' if releases else ''}{' and '.join(releases)}")
     if len(releases) > 1:
         finding.remarks.append("an upgrade is not finished: until it is, adjacent releases may run together")
+
+
+def buckets_differ(found: Iterable[Mapping[str, Any]]) -> str | None:
+    """What is wrong if some of `processes` keep blobs in another bucket than others, and what mends it."""
+    users: dict[str, list[str]] = {}
+    for process in found:
+        if process["bucket"] is not None:
+            users.setdefault(process["bucket"], []).append(process["url"])
+    if len(users) < 2:
+        return None
+    where = "; ".join(f"{bucket}: {', '.join(urls)}" for bucket, urls in sorted(users.items()))
+    return (
+        f"gateways keep blobs in {len(users)} buckets and lack each other's ({where}): give all of them the same "
+        "ARTIFACT_STORE_BLOBS_URL, then copy `blobs/` and `uploads/` from the wrong bucket into the right one"
+    )
 
 
 async def _blobs(settings: Settings, finding: Finding) -> None:

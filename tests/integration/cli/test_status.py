@@ -14,6 +14,7 @@ import pytest
 
 from artifact_store.documents.times import from_text
 from artifact_store.errors import ConfigurationError
+from services.blobs.open import bucket_of
 from services.config import SecretStr, Settings
 from services.log.state.restore import FROM_FILE, FROM_LOG
 from services.views.projections import PROJECTIONS
@@ -90,6 +91,7 @@ def test_every_partition_is_shown_whichever_process_writes_to_it(kafka: Settings
         assert set(process["components"]) == {"log", "blobs", "writer", "views"}
         assert abs(process["clock_skew_seconds"]) < 5
         assert process["state_free_bytes"] > 0
+        assert process["bucket"] == bucket_of(kafka)
     assert ["ARTIFACT_STORE_INTERNAL_SECRET" in p["trouble"] for p in by_stranger["processes"]] == [True]
     totals = [sum(v for k, v in found.items() if k.startswith(TAKEOVERS)) for found in counted]
     assert totals[0] >= PARTITIONS

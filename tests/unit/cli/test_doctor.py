@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from services.cli import main
 from services.cli.command import say_wrapped
+from services.cli.doctor import buckets_differ
 from services.cli.status import endpoint, troubles_of
 from services.config import Settings
 from services.runtime.file_system import FileLock
@@ -195,3 +196,13 @@ def test_all_that_a_gateway_says_is_wrong_with_it_is_named() -> None:
     found = troubles_of(well | ill)
     for part in ("views: no answer within 3 s", "30 s behind", "5 MiB free", "ARTIFACT_STORE_PEER_CERT cannot be read"):
         assert any(part in trouble for trouble in found), part
+
+
+def test_gateways_that_keep_blobs_in_other_buckets_than_the_rest_are_named() -> None:
+    alike = [{"url": "http://a", "bucket": "artifacts"}, {"url": "http://b", "bucket": "artifacts"}]
+    silent = {"url": "http://old", "bucket": None}  # its release does not say
+    assert buckets_differ([*alike, silent]) is None
+    said = buckets_differ([*alike, silent, {"url": "http://c", "bucket": "staging"}])
+    assert said is not None
+    assert "artifacts: http://a, http://b; staging: http://c" in said
+    assert "ARTIFACT_STORE_BLOBS_URL" in said
