@@ -26,6 +26,8 @@ class StoreProxy:
         self._asking: set[asyncio.StreamReader] = set()
         """Connections whose last bytes came from the gateway: no answer to them has begun."""
         self._moved = 0.0
+        self._left: int | None = None
+        self._reached = asyncio.Event()
         self._connections = Connections(self._serve)
 
     def listening(self) -> AbstractAsyncContextManager[str]:
@@ -50,6 +52,16 @@ class StoreProxy:
         finally:
             self._audible.set()
 
+    @contextmanager
+    def silent_after(self, size: int) -> Iterator[asyncio.Event]:
+        """Within the block nothing passes once the store has sent `size` more bytes, which sets the event."""
+        self._left, self._reached = size, asyncio.Event()
+        try:
+            yield self._reached
+        finally:
+            self._left = None
+            self._audible.set()
+
     async def quiet(self) -> None:
         """Wait until the store has answered all that came by, and nothing comes for a while."""
         loop = asyncio.get_running_loop()
@@ -72,13 +84,22 @@ class StoreProxy:
                 return
             try:
 
-                def passed(asking: bool) -> None:
-                    (self._asking.add if asking else self._asking.discard)(reader)
+                def asked(_: int) -> None:
+                    self._asking.add(reader)
                     self._moved = asyncio.get_running_loop().time()
 
+                def answered(size: int) -> None:
+                    self._asking.discard(reader)
+                    self._moved = asyncio.get_running_loop().time()
+                    if self._left is not None:
+                        self._left -= size
+                        if self._left <= 0:
+                            self._audible.clear()
+                            self._reached.set()
+
                 ways = [
-                    asyncio.create_task(self._pass(reader, up_writer, lambda: passed(True))),
-                    asyncio.create_task(self._pass(up_reader, writer, lambda: passed(False))),
+                    asyncio.create_task(self._pass(reader, up_writer, asked)),
+                    asyncio.create_task(self._pass(up_reader, writer, answered)),
                 ]
                 try:
                     await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -93,7 +114,7 @@ class StoreProxy:
             writer.transport.abort()
 
     async def _pass(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passed: Callable[[], None]
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passed: Callable[[int], None]
     ) -> None:
         loop = asyncio.get_running_loop()
         under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_UNDER_WAY)
@@ -115,7 +136,7 @@ class StoreProxy:
                     return
                 await asyncio.sleep(due - loop.time())
                 await self._audible.wait()
-                passed()
+                passed(len(data))
                 writer.write(data)
                 await writer.drain()
         finally:
