@@ -101,7 +101,7 @@ class PiecesSource(BodySource):
     async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         start = size = 0
         for number, piece in enumerate(self._pieces):
-            if size + len(piece) > CHUNK_BYTES:
+            if size and size + len(piece) > CHUNK_BYTES:
                 yield b"".join(self._pieces[start:number])
                 start, size = number, 0
             size += len(piece)

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from artifact_store import FileSource, RetryPolicy
 from artifact_store.byte_streams import CHUNK_BYTES
-from artifact_store.client.bodies import BodySource, CountedSource, FileStamp, SeekableSource
+from artifact_store.client.bodies import BodySource, CountedSource, FileStamp, PiecesSource, SeekableSource
 from artifact_store.errors import ContentMismatchError, CorruptError, PushBackError, UnavailableError
 from artifact_store.models import Declared
 from tests.unit.artifact_store.client.failing_gateway import (
@@ -266,3 +266,15 @@ async def test_the_digest_of_a_file_is_that_of_what_iterating_gives(tmp_path: Pa
     os.truncate(path, CHUNK_BYTES)
     with pytest.raises(ContentMismatchError, match="changed while it was pushed"):
         await source.blake3()
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (5, 0, 7), (1 << 20,), (700_000, 700_000, 1), (262_144,) * 9])
+async def test_pieces_are_joined_into_chunks_of_a_mebibyte_at_most(sizes: tuple[int, ...]) -> None:
+    pieces = [bytes([number + 1]) * size for number, size in enumerate(sizes)]
+    source = PiecesSource(pieces)
+    for _ in range(2):
+        chunks = [chunk async for chunk in source]
+        assert b"".join(chunks) == b"".join(pieces)
+        assert all(0 < len(chunk) <= 1 << 20 for chunk in chunks)
+    assert source.size_bytes == sum(sizes)
+    assert b"".join([chunk async for chunk in source.behind(3)]) == b"".join(pieces)[3:]
