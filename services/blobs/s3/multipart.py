@@ -1,9 +1,9 @@
-"""One multipart upload from its beginning to its completion, or to its abortion.
+"""One multipart upload, from its beginning until it is completed or aborted.
 
 While it runs, a small record object `multipart/<uuid>` names its key and upload id, because stores do not list
 unfinished uploads reliably. The record is written before the first part and renewed while parts arrive, so that
-`sweep` can tell an upload that stands still from one that is merely long. The sweep removes the record of a body under
-a key of its own a day after its completion: until then the record shows that an event may still come to name the key.
+`sweep` can tell a stalled upload from a long one. If a body has a key of its own, the sweep removes its record a day
+after its completion: until then the record shows that an event may still name the key.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class UploadRecord:
 
     @classmethod
     def decode(cls, text: bytes) -> UploadRecord:
-        """Raises CorruptError: this is no such record."""
+        """Raises CorruptError if the text is not such a record."""
         try:
             fields = json.loads(text)
             started_at, active_at = (datetime.fromisoformat(fields[name]) for name in ("started_at", "active_at"))
@@ -175,7 +175,7 @@ class MultipartUpload:
 
         task = asyncio.create_task(self._put(number, part))
         self._sending.add(task)
-        # A callback, since a task that is cancelled before it began would skip a `finally` of its own.
+        # A callback, because a task that is cancelled before it begins would skip its `finally`.
         task.add_done_callback(sent)
 
     async def _put(self, number: int, body: PartBuffer | Relay) -> None:
@@ -192,7 +192,7 @@ class MultipartUpload:
                     yield piece
                 if left:
                     await intake.digests()  # shorter than declared: says so
-            except Exception as error:  # kept, as the connection would wrap it into an error of its own
+            except Exception as error:  # kept, because the connection would wrap it in its own error
                 failure.append(error)
                 raise
 
@@ -214,7 +214,7 @@ class MultipartUpload:
     async def _reap(self) -> None:
         done, _ = await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            task.result()  # one that failed stays in the set, for `abandon` to look after
+            task.result()  # a failed one stays in the set, and `abandon` handles it
             self._sending.discard(task)
 
     def _opened(self) -> UploadRecord:
@@ -238,7 +238,7 @@ async def fill(intake: Intake, size: int) -> PartBuffer:
 async def begin_upload(requests: S3Requests, key: str) -> str:
     """Begin a multipart upload and return its id. Raises UnavailableError.
 
-    The store is asked to check the CRC-32 of each part, and to keep that of the whole.
+    The store is asked to check the CRC-32 of each part, and to keep the CRC-32 of the whole.
     """
     wanted = {"x-amz-checksum-algorithm": "CRC32", "x-amz-checksum-type": "FULL_OBJECT"}
     answer = await requests.send("POST", key, OK, query={"uploads": ""}, headers=wanted)
@@ -299,7 +299,7 @@ async def complete_upload(
 
 
 def _parted(tag: str) -> tuple[str, str]:
-    """CRC-32 and ETag out of a part's tag; no CRC-32 of a part that an older release stored."""
+    """CRC-32 and ETag from a part's tag. The CRC-32 is missing if an older release stored the part."""
     crc32, between, etag = tag.partition(_BETWEEN)
     return (crc32, etag) if between else ("", tag)
 
@@ -319,6 +319,6 @@ def _whole_etag(tags: Sequence[tuple[int, str, str]]) -> str | None:
 
 
 async def remove_upload(requests: S3Requests, record_key: str, record: UploadRecord) -> None:
-    """Abort an upload and remove its record, in this order; one that is completed or aborted already stays so."""
+    """Abort an upload, then remove its record. An upload that is already completed or aborted stays so."""
     await requests.send("DELETE", record.key, GONE, query={"uploadId": record.upload_id})
     await requests.send("DELETE", record_key, GONE)

@@ -1,12 +1,12 @@
 """Uploads that span requests, as multipart uploads of a bucket: see `PartStore`.
 
-Parts come through a gateway, or from clients straight to the store. In both cases they become one object under a key of
-the upload's own, by a completion that only a gateway can send, and the object is read back and hashed.
+Parts come through a gateway, or straight from clients to the store. In both cases they become one object, under a key
+that belongs to the upload. Only a gateway can complete the upload. The object is then read back and hashed.
 
-The address of a part is signed for one number of one multipart upload, for so many bytes with this CRC-32. Some stores
-accept headers that were not signed: with `x-amz-copy-source` the request would copy another object into the part, by
-the rights of the key that signed it, and its answer would contain the MD5 of any range of that object. So gateways try
-exactly that on an upload of their own before they hand out an address, and again from time to time.
+The address of a part is signed for one number of one multipart upload, and for the part's length and CRC-32. Some
+stores accept headers that were not signed: with `x-amz-copy-source` the request would copy another object into the
+part, with the rights of the key that signed it, and its answer would contain the MD5 of any range of that object. So
+gateways try exactly that on a separate upload before they hand out an address, and again from time to time.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from services.blobs.s3.requests import CHECKSUM_CRC32, S3Requests, StoreTroubleE
 
 PROBE_KEY = "health/write-probe"
 _AGAIN_SECONDS = 600.0
-"""How long a check counts that went well,"""
+"""How long a successful check is valid."""
 
 _PAUSE_SECONDS = 60.0
-"""and one that did not."""
+"""How long a failed check is valid."""
 
 _CHECK_SECONDS = 5.0
 _PROBE = b"ok"
@@ -61,7 +61,7 @@ class DirectAccess:
     """Addresses of parts at the store's public URL. Belongs to one event loop."""
 
     def __init__(self, requests: S3Requests, public: S3Requests) -> None:
-        """`public` signs for the URL that clients use, perhaps with a key of its own; `requests` are the gateway's."""
+        """`public` signs for the URL that clients use, perhaps with a separate key; `requests` are the gateway's."""
         self._requests = requests
         self._public = public
         self._checking = asyncio.Lock()
@@ -94,7 +94,7 @@ class DirectAccess:
         await self._public.close()
 
     async def _find_trouble(self) -> str | None:
-        """Why clients cannot be sent to the store, None if they can."""
+        """Why clients cannot be sent to the store; None if they can."""
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 return await self._probe()
@@ -128,7 +128,7 @@ class DirectAccess:
 
 
 _BEFORE_UPLOAD_ID = "/"  # between the name and the id of the multipart upload
-_SPARE = 5  # one number in so many is set aside for those that interruptions waste
+_SPARE = 5  # one number in this many is reserved, because interruptions waste numbers
 
 
 class S3Parts:
@@ -145,7 +145,7 @@ class S3Parts:
         memory: ByteBudget,
         direct: DirectAccess | None = None,
     ) -> None:
-        """The bounds are those of `S3BlobStore`; clients can send parts themselves if there is `direct` access."""
+        """The bounds are those of `S3BlobStore`. With `direct` access, clients can send parts themselves."""
         self._blobs = blobs
         self._requests = requests
         self._part_bytes = part_bytes
@@ -179,7 +179,7 @@ class S3Parts:
         return min(self._held_bytes, max(self._part_bytes, -(-fitting // MIB) * MIB))
 
     async def begin(self, upload_id: UUID, length: int) -> str:
-        """See the port. Cancelled, it still learns the name of the multipart upload, and ends it: nobody else could."""
+        """See the port. If cancelled, it still waits for the multipart upload's id and ends it: nobody else could."""
         if length <= self.part_bytes(length):
             return await self._small.begin(upload_id, length)
         name = uuid4()
@@ -262,10 +262,10 @@ class S3Parts:
 
     @asynccontextmanager
     async def _upload(self, key: str, upload: str) -> AsyncIterator[None]:
-        """Raises UploadNotFoundError where the block fails because the store has neither the upload nor its object.
+        """Raises UploadNotFoundError if the block fails because the store has neither the upload nor its object, or
+        because the store has different parts than were named: a client may have replaced one.
 
-        So it does where the store has other parts than were named: a client may have replaced one. Stores remove
-        multipart uploads by themselves, even active ones: MinIO 24 hours after they were begun.
+        Stores remove multipart uploads by themselves, even active ones: MinIO 24 hours after they were begun.
         """
         try:
             yield
@@ -286,6 +286,6 @@ class S3Parts:
 
 
 def _place(where: PartsKey) -> tuple[str | None, str]:
-    """Key and id of the multipart upload; no key of parts that are objects."""
+    """Key and id of the multipart upload. The key is None if the parts are objects."""
     name, multipart, upload = where.token.partition(_BEFORE_UPLOAD_ID)
     return (f"{UPLOADS}{name}", upload) if multipart else (None, "")

@@ -1,10 +1,10 @@
 """Single requests to an S3 store: signed, timed out, tried a few times, with errors that name the cause.
 
-The MinIO SDK signs (with a fixed region, so that signing asks the store nothing); aiohttp carries the bytes. Every body
-that is put has a checksum among the signed headers, or after it if it passes through: the store refuses bytes that were
-altered on the way. The payload itself is not signed, which would cost another SHA-256 for large parts. A signature is a
-credential for some minutes: it stays inside this file, and no error text or chained exception shows it. Only `presign`
-hands one out, in an address for a client.
+The MinIO SDK signs (with a fixed region, so that signing sends no request to the store); aiohttp carries the bytes.
+Every body that is put has a checksum among the signed headers, or after the body if it is relayed: the store refuses
+bytes that were altered in transit. The payload itself is not signed, because that would cost another SHA-256 for large
+parts. A signature is a credential for some minutes: it stays inside this file, and no error text or chained exception
+shows it. Only `presign` hands one out, in an address for a client.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ SLOWEST_BYTES_PER_SECOND = 256 * 1024  # a transfer below this rate is given up
 CHECKSUM_SHA256 = "x-amz-checksum-sha256"
 CHECKSUM_CRC32 = "x-amz-checksum-crc32"
 TELL_CHECKSUM = {"x-amz-checksum-mode": "ENABLED"}
-"""Header of a HEAD or GET by which a store tells the checksum that it keeps of the whole object."""
+"""Header of a HEAD or GET that makes a store return the checksum that it keeps of the whole object."""
 _UNSIGNED = "UNSIGNED-PAYLOAD"
 _UNSIGNED_WITH_TRAILER = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 _SLICE = 256 * 1024
 _ALTERED_CODES = {"BadDigest", "XAmzContentChecksumMismatch"}  # Amazon S3 and SeaweedFS, MinIO
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "InternalError", "OperationAborted", "ServiceUnavailable"}
 _FULL_CODES = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded"}  # MinIO, MinIO, Ceph (a 403)
-_FULL_RETRY_SECONDS = 10.0  # nobody makes room within the second
+_FULL_RETRY_SECONDS = 10.0  # nobody makes room within a second
 
 _T = TypeVar("_T")
 
@@ -73,11 +73,11 @@ class StoreTroubleError(UnavailableError):
 
 
 class StoreSilentError(StoreTroubleError):
-    """The store gave no answer in the time that a request has: another attempt would make the caller wait as long."""
+    """The store gave no answer before the request timed out: another attempt would take the caller as long again."""
 
 
 class AccessRefusedError(UnavailableError):
-    """The store does not accept the credentials, or they may not do this."""
+    """The store does not accept the credentials, or they do not permit the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,24 +125,24 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """The S3 error code, empty if the body is no S3 error."""
+        """The S3 error code; empty if the body is not an S3 error."""
         root = parse_xml(self.body)
         return (root.findtext("Code") or "") if root is not None and root.tag == "Error" else ""
 
 
 @dataclass(slots=True)
 class Relay:
-    """A request body of known length that passes through once, so such a request has a single attempt.
+    """A request body of known length that can be read only once, so such a request has a single attempt.
 
-    Its checksum, known at its end, follows it: it is sent as chunks in the coding `aws-chunked`, with a trailer.
+    Its checksum is known only at its end and follows it: the body is sent in chunks (`aws-chunked`) with a trailer.
     """
 
     pieces: AsyncIterator[bytes]
-    """Each of `piece_bytes`, but the last."""
+    """Each has `piece_bytes`, except the last."""
     length: int
     piece_bytes: int
     crc32: int = 0
-    """Of the pieces that were sent."""
+    """The CRC-32 of the pieces that were sent."""
 
     @property
     def framed_length(self) -> int:
@@ -173,7 +173,7 @@ def crc32_text(crc32: int) -> str:
 
 
 def patience(length: int, seconds: float = ANSWER_SECONDS) -> float:
-    """The seconds that a request with a body of so many bytes may take, `seconds` of them for the answer."""
+    """How long a request with a body of `length` bytes may take, in seconds; `seconds` of them for the answer."""
     return seconds + length / SLOWEST_BYTES_PER_SECOND
 
 
@@ -187,7 +187,7 @@ def parse_xml(body: bytes) -> ElementTree.Element | None:
         return None
     try:
         root = ElementTree.fromstring(body.strip())  # noqa: S314 - the configured store's answers; expat bounds entities
-    except (ElementTree.ParseError, LookupError, ValueError):  # the last two for an encoding that is not known
+    except (ElementTree.ParseError, LookupError, ValueError):  # the last two: an unknown encoding
         return None
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -223,12 +223,12 @@ class S3Requests:
     ) -> Answer:
         """Send a request until it is answered with one of the statuses in `expect`, and return that answer.
 
-        `seconds` bounds the wait for an answer; a body adds time for its transfer. After that time no further attempt
-        begins, and none after an attempt without an answer, so that a store that hangs costs the wait once. A body that
-        is put comes with its CRC-32 where the headers hold no checksum.
+        `seconds` bounds the wait for an answer; a body adds time for its transfer. No further attempt begins after that
+        time or after an attempt without an answer, so that a hanging store costs this wait only once. A body is sent
+        with its CRC-32 unless the headers already contain a checksum.
 
         Raises:
-            UnavailableError: the store cannot be reached, is full, or answers otherwise.
+            UnavailableError: the store cannot be reached, is full, or answers with another status.
         """
 
         async def once() -> Answer:
@@ -255,17 +255,16 @@ class S3Requests:
             return await sending
 
     def wrote_within(self, seconds: float) -> bool:
-        """Whether the last request that writes has succeeded, and began within so many seconds."""
+        """Whether the last write request succeeded, and began within the last `seconds`."""
         return self._wrote_at is not None and asyncio.get_running_loop().time() < self._wrote_at + seconds
 
     async def retry(
         self, act: Callable[[], Awaitable[_T]], *, attempts: int | None = None, seconds: float = ANSWER_SECONDS
     ) -> _T:
-        """Repeat an idempotent request, after a short pause, while it raises StoreTroubleError before `seconds`.
+        """Repeat an idempotent request, after a short pause, while it raises StoreTroubleError within `seconds`.
 
-        StoreSilentError ends it.
-
-        Retrying is set up only when needed: it costs as much as a small request, and hardly any is sent twice.
+        StoreSilentError ends it. Retrying is set up only when needed: that costs as much as a small request, and
+        hardly any request is sent twice.
         """
         clock = asyncio.get_running_loop().time
         began = clock()
@@ -298,7 +297,7 @@ class S3Requests:
         Failures while the caller reads are raised from this context as well.
 
         Raises:
-            StoreTroubleError, UnavailableError: as `send`. The statuses 206, 404 and 416 are the caller's.
+            StoreTroubleError, UnavailableError: as `send`. The caller handles the statuses 206, 404 and 416.
         """
         with _Explained(self, ANSWER_SECONDS):
             url, headers = self._signed("GET", key, {}, {"Range": f"bytes={first}-{last}"})
@@ -344,9 +343,9 @@ class S3Requests:
             self._session = None
             for transport in list(self._transports):
                 socket = transport.get_extra_info("socket")
-                if socket is not None and socket.fileno() >= 0:  # aborting what is closed fails inside asyncio
+                if socket is not None and socket.fileno() >= 0:  # aborting a closed transport fails inside asyncio
                     transport.abort()
-            await asyncio.sleep(0)  # in which the loop drops what was aborted
+            await asyncio.sleep(0)  # lets the loop drop the aborted transports
 
     def unavailable(self, reason: str) -> UnavailableError:
         """An error that names the store and the reason."""
@@ -360,7 +359,7 @@ class S3Requests:
         )
 
     def refused(self, code: str) -> AccessRefusedError:
-        """The error for refused credentials or a wrong clock."""
+        """The error for refused credentials, or for a wrong clock."""
         if code == "RequestTimeTooSkewed":
             return AccessRefusedError(
                 f"the blob store at {self.endpoint.host} refuses requests of this machine's time: set the clock that "
@@ -424,7 +423,7 @@ class S3Requests:
         return answer
 
     def _note_time(self, date: str | None, sent: float) -> None:
-        """Learn the store's time from the answer's `Date` (RFC 9110 §6.6.1), refusals included."""
+        """Learn the store's time from the answer's `Date` (RFC 9110 §6.6.1), also from refusals."""
         with suppress(ValueError, OverflowError):
             if date is not None:
                 self.clock.heard(int(parsedate_to_datetime(date).timestamp()), sent)
@@ -450,7 +449,7 @@ class S3Requests:
 
     @cached_property
     def _bucket_url(self) -> str:
-        """Where the keys of the bucket begin, as the SDK has it: the bucket may be part of the path or of the host."""
+        """The SDK's URL of the bucket, below which its keys lie: the bucket may be part of the path or of the host."""
         return self._sdk.get_presigned_url("GET", self.endpoint.bucket, "k").partition("?")[0].removesuffix("k")
 
     def _signed(
@@ -461,12 +460,12 @@ class S3Requests:
         headers: Mapping[str, str],
         payload: str = _UNSIGNED,
     ) -> tuple[URL, dict[str, str]]:
-        """The address, and the headers with a signature over all of them but the length."""
+        """The URL, and the headers with a signature over all of them except the length."""
         url = self._url(key, query)
         split = urlsplit(url)
         now = datetime.now(UTC)
         named = {**headers, "Host": split.netloc, "x-amz-date": to_amz_date(now), "x-amz-content-sha256": payload}
-        # Anything re-quoted would break the signature.
+        # Quoting anything again would break the signature.
         return URL(url, encoded=True), self._signature(method, split, named, payload, now)
 
     def _url(self, key: str, query: Mapping[str, str]) -> str:
@@ -502,12 +501,12 @@ class S3Requests:
 
 
 def _bounds(silence: float) -> aiohttp.ClientTimeout:
-    """Those of one request: for connecting, and for how long the store may say nothing."""
+    """The time-outs of one request: for connecting, and for how long the store may be silent."""
     return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence)
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Remembers its transports: one whose request was cancelled lingers, unseen by the session, to flush its rest."""
+    """Remembers its transports: after a cancelled request one lingers, unseen by the session, to flush its buffer."""
 
     def __init__(self, transports: WeakSet[asyncio.Transport], *, limit: int) -> None:
         super().__init__(limit=limit)
@@ -521,8 +520,7 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class _Explained:
-    """Turns errors of aiohttp, whose texts may contain the URL, into an error without it and without a chain to
-    them."""
+    """Turns errors of aiohttp, whose texts may contain the URL, into an error without the URL and without a cause."""
 
     def __init__(self, requests: S3Requests, limit: float) -> None:
         self._requests = requests
@@ -538,7 +536,7 @@ class _Explained:
             if not isinstance(error, aiohttp.ConnectionTimeoutError):
                 kind_of_trouble = StoreSilentError
         elif isinstance(error, aiohttp.ClientSSLError):
-            # Not trouble that passes by itself. The number in it is one of OpenSSL's, not of the system's.
+            # This trouble does not pass by itself. The number in the error is OpenSSL's, not the system's.
             raise self._requests.unavailable(_insecure(error)) from None
         elif isinstance(error, aiohttp.ClientConnectorError):
             cause = error.os_error
@@ -577,7 +575,7 @@ class StoredObject:
 
 
 async def find_object(requests: S3Requests, key: str, attempts: int | None = None) -> StoredObject | None:
-    """The store's description of an object, None if there is none. Raises UnavailableError."""
+    """The store's description of an object; None if there is no such object. Raises UnavailableError."""
     found = await requests.send("HEAD", key, frozenset({200, 404}), headers=TELL_CHECKSUM, attempts=attempts)
     if found.status == 404:
         return None
@@ -588,7 +586,7 @@ async def find_object(requests: S3Requests, key: str, attempts: int | None = Non
 
     def checksum(name: str) -> str | None:
         told = found.headers.get(name)
-        return None if told is None or "-" in told else told  # one that ends in -3 was made of those of three parts
+        return None if told is None or "-" in told else told  # one that ends in -3 covers the checksums of three parts
 
     return StoredObject(
         length,

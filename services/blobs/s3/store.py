@@ -1,8 +1,8 @@
 """The S3 adapter of the blob port, for any store that speaks S3; MinIO is tested first.
 
 A body that fits into one part is hashed, checked and sent to its content-addressed key in one request. A longer one is
-sent in parts with bounded memory: to its content-addressed key if its BLAKE3 digest is declared, and to a key of its
-own under `uploads/` if not; it becomes an object only after its digests have been checked.
+sent in parts with bounded memory: to its content-addressed key if its BLAKE3 digest is declared, and otherwise to a
+separate key under `uploads/`. It becomes an object only after its digests have been checked.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ from services.blobs.s3.requests import (
 )
 from services.runtime.clock import Clock, StoreClock, system_clock
 
-_ASK_FIRST_BYTES = 256 * 1024  # from here on asking whether a blob is there costs less than sending it
+_ASK_FIRST_BYTES = 256 * 1024  # from this size on, asking whether a blob exists costs less than sending it
 _READ_PAUSE_SECONDS = 0.2
 _LISTED_AT_ONCE = 1000
 _COPY_SECONDS = 900.0  # a store answers once it has copied all of a large object
@@ -109,17 +109,17 @@ class S3BlobStore:
         """Connects at the first request.
 
         Args:
-            part_bytes: size of the first parts, and most bytes of a body that is sent in one request; at least 5 MiB.
-            held_bytes: most bytes that one upload holds in memory.
-            max_parts: most parts of one upload.
-            memory: what all uploads together may hold; 96 MiB, and at least `held_bytes`, if not given.
-            connections: most connections to the store.
+            part_bytes: size of the first parts, and the maximum of a body that is sent in one request; at least 5 MiB.
+            held_bytes: maximum number of bytes that one upload holds in memory.
+            max_parts: maximum number of parts of one upload.
+            memory: what all uploads together may hold; by default 96 MiB, and at least `held_bytes`.
+            connections: maximum number of connections to the store.
             attempts: how often a request is tried before UnavailableError.
             turn_seconds: how long an upload waits for its first memory before PushBackError.
             look_seconds: how often slow uploads are looked for while others wait for memory.
-            clock: the time that is written into records of uploads (aware); the store's if not given.
-            own_clock: this machine's, with which the store's is compared.
-            public: where clients reach the store, and the key that signs for it, if they are to send parts themselves.
+            clock: the time that is written into records of uploads (aware); by default the store's.
+            own_clock: this machine's clock, with which the store's is compared.
+            public: where clients reach the store, and the key that signs for it, if clients send parts themselves.
         """
         self._part_bytes = part_bytes
         self._held_bytes = held_bytes
@@ -187,7 +187,7 @@ class S3BlobStore:
             before = offset
             try:
                 async with self._requests.get(key, offset, end - 1) as response:
-                    # 416 tells the length in Content-Range only on some stores.
+                    # With 416, only some stores give the length in Content-Range.
                     partial = response.status == 206
                     total = _total(response.headers.get("Content-Range")) if partial else await self.size(key)
                     self._demand(key, end, total)
@@ -219,7 +219,7 @@ class S3BlobStore:
         self._mistrusted.add(key)
 
     async def set_aside(self, key: str) -> str | None:
-        """See the port. S3 has no renaming: a copy within the store, then a deletion."""
+        """See the port. S3 has no rename: the store copies the object, then deletes the original."""
         bucket, aside = self._requests.endpoint.bucket, f"{DAMAGED}{checked_key(key)}"
         found = await self._requests.send("HEAD", key, frozenset({200, 404}))
         if found.status == 404:
@@ -230,8 +230,8 @@ class S3BlobStore:
             sdk.copy_object(bucket, aside, CopySource(bucket, key, match_etag=etag.strip('"')))
 
         await self._with_sdk(copy, seconds=_COPY_SECONDS)
-        # Not every store heeds a condition on a deletion: a second check limits the risk, for an upload that repairs
-        # the blob at this moment, to the time of one request.
+        # Not every store heeds a condition on a deletion. An upload may repair the blob at this moment: a second check
+        # limits the risk for it to the time of one request.
         again = await self._requests.send("HEAD", key, frozenset({200, 404}))
         if again.status == 200 and again.headers["ETag"] == etag:
             await self._requests.send("DELETE", key, frozenset({200, 204, 404, 412}), headers={"If-Match": etag})
@@ -333,10 +333,10 @@ class S3BlobStore:
         return self.clock.now()
 
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
-        """See the port. A record that cannot be read is logged and left for people to look at."""
+        """See the port. An unreadable record is logged and left for people to look at."""
         swept, idle = 0, timedelta(seconds=idle_seconds)
         for record_key, written_at in await self._with_sdk(self._records):
-            if written_at is not None and now - written_at < idle:  # a day's uploads: not one request for each
+            if written_at is not None and now - written_at < idle:  # spares one request for each upload of the last day
                 continue
             answer = await self._requests.send("GET", record_key, frozenset({200, 404}))
             if answer.status == 404:  # removed meanwhile
@@ -362,14 +362,14 @@ class S3BlobStore:
         """Store a body that is read at once. It holds memory while it is sent, never while its client is slow."""
         data = await intake.take(size)
         if not await intake.at_end():
-            await intake.take(1)  # longer than declared: says so
+            await intake.take(1)  # raises if the body is longer than declared
         digests = await intake.digests()
         with self._memory.share() as share:
             await share.take_in_turn(max(1, size), seconds=self._turn_seconds)
             return await self.store_bytes(data, digests)
 
     async def _store_held(self, intake: Intake, declared: Declared, plan: PartPlan, share: Share) -> StoredBlob:
-        """Store a body by way of memory, for the first part of which the share has room."""
+        """Store a body through memory; the share has room for its first part."""
         first = await fill(intake, plan.size(1))
         try:
             if not await intake.at_end():
@@ -389,7 +389,7 @@ class S3BlobStore:
         anew = key in self._mistrusted
         if addressed and not anew and declared.size_bytes is not None:
             there = await find_object(self._requests, key)
-            # An object without a checksum of its whole is stored again: nothing else tells cheaply what it holds.
+            # An object without a checksum of the whole is stored again: nothing else shows cheaply what it holds.
             if there is not None and there.length == declared.size_bytes and there.crc32 is not None:
                 return await self._store_known(intake, first, key)
         upload = MultipartUpload(self._requests, key, plan, share, self._clock)
@@ -405,8 +405,8 @@ class S3BlobStore:
         return self._stored(key, digests)
 
     async def _store_known(self, intake: Intake, first: PartBuffer | None, key: str) -> StoredBlob:
-        """Take a body that seems to be stored: it must match its declaration, and the object must have the same
-        bytes."""
+        """Take a body that seems to be stored already. It must match its declaration, and the object must have the
+        same bytes."""
         crc32 = 0 if first is None else first.crc32
         while piece := await intake.take(PIECE_BYTES):
             crc32 = zlib.crc32(piece, crc32)
@@ -421,7 +421,7 @@ class S3BlobStore:
 
     async def _abandon(self, upload: MultipartUpload, own_key: str | None) -> None:
         await upload.abandon()
-        if own_key is not None:  # nobody else ever heard of this key, and the completion may have come through
+        if own_key is not None:  # nobody else knows this key, and the completion may have succeeded
             await self._requests.send("DELETE", own_key, frozenset({200, 204, 404}))
 
     async def _put(self, key: str, data: bytes | PartBuffer, digests: Digests) -> None:
@@ -443,7 +443,7 @@ class S3BlobStore:
                     return
                 if await put(frozenset({200, 409, 412}), **{"If-None-Match": "*"}) == 200 or await present():
                     return
-            # The existing object is not proved right, or is just being removed; these bytes are verified.
+            # The existing object is unproven, or is just being removed; these bytes are verified.
             await put(_OK)
 
         await self._requests.retry(attempt, seconds=patience(len(data)))
@@ -489,7 +489,7 @@ class S3BlobStore:
 
 
 def _total(content_range: str | None) -> int:
-    """Length of the whole out of `bytes 0-9/100` (RFC 9110 §14.4)."""
+    """Length of the whole from `bytes 0-9/100` (RFC 9110 §14.4)."""
     total = parse_number((content_range or "").rpartition("/")[2])
     if total is None:
         raise UnavailableError(f"the blob store names no length in Content-Range {(content_range or '')[:80]!r}")
