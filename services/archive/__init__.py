@@ -2,7 +2,7 @@
 
 `archive_file` is the archive's format. `export` writes an archive of a log; `load` checks one, fills an empty log with
 it, and translates positions of the old log to the new one. `copy` compares two logs and copies one topic to another.
-All of it works on the ports of log and blob store; `services.wiring` opens what fills a log.
+All of it uses the ports of log and blob store; `services.wiring` opens the `LogFiller`.
 """
 
 from services.archive.archive_file import Archive, Contents

@@ -5,8 +5,8 @@
     digest  = BLAKE3 of the digest before it (32 zero bytes at first), the block's first 9 bytes and the frame
     trailer = where the footer begins (u64, little-endian) | END
 
-Each block is an array or map in CBOR. The chain of digests ends in the footer's, which is the archive's own digest: it
-proves every byte before it. Partitions follow one another, so that a reader who merges them by time keeps one block of
+Each block is an array or map in CBOR. The chain of digests ends in the footer's, which is the digest of the archive: it
+proves every byte before it. Partitions follow one another, and a reader that merges them by time keeps one block of
 each in memory.
 """
 
@@ -44,7 +44,7 @@ BLOCK_BYTES = 256 * 1024
 """A block is written once it holds this many bytes."""
 
 _MOST_BYTES = 16 << 20
-"""The most bytes of a block: a reader refuses a larger one before it takes memory for it."""
+"""Maximum size of a block: a reader refuses a larger one before it allocates memory for it."""
 
 _LEVEL = 3
 _HEAD = Struct("<cII")
@@ -58,7 +58,7 @@ _Item = TypeVar("_Item")
 
 
 class ArchivedRecord(NamedTuple):
-    """One event as it lay in the archived log. `time` is the event's, in µs since 1970."""
+    """One event as it was in the archived log. `time` is the event's, in µs since 1970."""
 
     partition: int
     offset: int
@@ -69,7 +69,7 @@ class ArchivedRecord(NamedTuple):
 
 
 class BlobPiece(NamedTuple):
-    """Some bytes of the blob with this BLAKE3 digest: `length` bytes in all, of which these begin at `start`."""
+    """Some bytes of the blob with this BLAKE3 digest. The whole blob has `length` bytes; these begin at `start`."""
 
     digest: bytes
     length: int
@@ -82,14 +82,14 @@ class Section:
     """Consecutive blocks of one kind: the records of one partition, or the pieces of all blobs."""
 
     offset: int
-    """Where the first of them begins."""
+    """Where the first block begins."""
     before: bytes
-    """The chain's digest before the first of them."""
+    """The chain's digest before the first block."""
     count: int = 0
-    """How many records, or pieces of blobs."""
+    """The number of records, or of pieces of blobs."""
 
     def extended(self, more: int) -> Section:
-        """The section once a block of so many more records or pieces follows."""
+        """The section after one further block, which has `more` records or pieces."""
         return Section(self.offset, self.before, self.count + more)
 
 
@@ -102,11 +102,11 @@ class Contents:
     end: Mapping[int, int]
     """The end of the archived log when it was exported, by partition."""
     packages: Sequence[UUID] | None = None
-    """The packages that were asked for; None for a whole log."""
+    """The requested packages; None for a whole log."""
     backend: str | None = None
     """The storage backend that the blobs come from; None for an archive without blobs."""
     schemas: Mapping[bytes, tuple[str, int]] = field(default_factory=dict)
-    """The schemas of the records by fingerprint: the event type, and how many records have it."""
+    """The schemas of the records by fingerprint: the event type, and the number of records with it."""
     sections: dict[int, Section] = field(default_factory=dict)
     blobs: Section | None = None
     events: int = 0
@@ -114,12 +114,12 @@ class Contents:
     blob_count: int = 0
     blob_bytes: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
-    """How many records of the log the archive does not hold, by reason: `skipped`, `repeated`, `administrative`."""
+    """How many records of the log were left out, by reason: `skipped`, `repeated`, `administrative`."""
     digest: bytes = b""
-    """The archive's own digest, which proves all of it."""
+    """The digest of the archive, which proves all of it."""
 
     def as_json(self) -> dict[str, Any]:
-        """For programs and people."""
+        """The contents as JSON, for programs and people."""
         return {
             "log": str(self.log),
             "partitions": self.partitions,
@@ -134,14 +134,14 @@ class Contents:
 
 
 class ArchiveWriter:
-    """Writes an archive. The file gets its name only in `finish`; memory is bounded by a block. Blocks the thread. A
-    context manager: an unfinished file is removed.
+    """Writes an archive. The file gets its name only in `finish`. Memory is bounded by a block. Blocks the thread. As a
+    context manager it removes an unfinished file.
     """
 
     def __init__(self, path: Path, contents: Contents, schemas: Mapping[bytes, str]) -> None:
         """`schemas`: the Avro schemas by fingerprint, for those who read the archive years later.
 
-        Raises ConflictError: there is a file of this name. OSError.
+        Raises ConflictError if a file of this name exists, and OSError.
         """
         if path.exists():
             raise ConflictError(f"{path} exists: name another file, or remove it")
@@ -183,7 +183,7 @@ class ArchiveWriter:
         self._file.close()
 
     def add(self, record: ArchivedRecord) -> None:
-        """Add a record. Those of one partition follow one another, in its order."""
+        """Add a record. The records of one partition must follow one another, in its order."""
         if self._records and self._records[0].partition != record.partition:
             self._flush()
         self._records.append(record)
@@ -193,7 +193,7 @@ class ArchiveWriter:
             self._flush()
 
     def add_piece(self, piece: BlobPiece) -> None:
-        """Add a piece of a blob, after all records. Those of one blob follow one another from its first byte on."""
+        """Add a piece of a blob, after all records. The pieces of a blob must follow one another, in order."""
         if self._records:
             self._flush()
         if piece.start == 0:
@@ -225,7 +225,7 @@ class ArchiveWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         try:
-            os.link(self._draft, self._path)  # unlike a renaming, it replaces nothing
+            os.link(self._draft, self._path)  # unlike a rename, it replaces nothing
         except FileExistsError:
             raise ConflictError(f"{self._path} exists: name another file, or remove it") from None
         sync_folder(self._path.parent)
@@ -254,9 +254,9 @@ class ArchiveWriter:
 
 
 class Archive:
-    """An archive that was opened for reading: a context manager. Memory is bounded by a block. Blocks the thread.
+    """An archive that is open for reading: a context manager. Memory is bounded by a block. Blocks the thread.
 
-    Raises CorruptError where bytes are not those that were written; OSError.
+    Raises CorruptError if bytes differ from those that were written, and OSError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -281,7 +281,7 @@ class Archive:
     def prove(self) -> Iterator[list[ArchivedRecord] | list[BlobPiece]]:
         """Every block in order, proved by the chain of digests up to the footer.
 
-        Header and footer are proved once all blocks were read. Raises CorruptError then, too, if they are damaged.
+        Header and footer are proved only after all blocks were read. If they are damaged, CorruptError comes then.
         """
         digest, at = self._first
         contents = self.contents
@@ -374,7 +374,8 @@ class Archive:
         return contents, (digest, at)
 
     def _block(self, at: int, before: bytes | None) -> tuple[bytes, Any, bytes, int]:
-        """Kind, value and digest of the block, and where the next begins. `before` None: the digest is not checked."""
+        """Kind, value and digest of the block, and where the next begins. With `before` None the digest is not
+        checked."""
         self._file.seek(at)
         head = self._file.read(_HEAD.size)
         if len(head) < _HEAD.size:

@@ -1,7 +1,7 @@
 """Two chains of digests: of the events of each package, and of the records of each partition.
 
-The first proves that an archive has every event of its packages. The second tells whether one log begins as another
-does, in memory that does not depend on the number of packages or records.
+The first proves that an archive has every event of its packages. The second shows whether one log begins with the
+records of another, in memory that does not depend on the number of packages or records.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ DigestOf = Callable[[Record], bytes]
 """The digest by which records of two logs are compared."""
 
 _MARK_EVERY = 1_000
-"""After so many records the chain's digest is kept as a mark: a difference is found between two marks."""
+"""After this many records the chain's digest is kept as a mark: a difference is located between two marks."""
 
 _MOST_MARKS = 4_096
-"""Once a partition has so many marks, every other one is dropped, and they are kept half as often from then on."""
+"""Once a partition has this many marks, every other one is dropped, and marks are kept half as often from then on."""
 
 
 class PackageChains:
@@ -40,7 +40,7 @@ class PackageChains:
     def follow(self, event: Event, where: str) -> bool:
         """Whether this is the next event of its package; False if the package already has its sequence.
 
-        Raises CorruptError, which names `where` the event lies: it does not continue the package's history.
+        Raises CorruptError, which names `where` the event is, if it does not continue the package's history.
         """
         head, is_new = self._notes.head(event.package_id)
         if 1 <= event.sequence <= head.sequence:
@@ -80,7 +80,7 @@ class _Mark:
 
 @dataclass(slots=True)
 class PartitionChain:
-    """The records of one partition so far: how many, and a digest over the digests of all of them."""
+    """The records of one partition so far: their number, and a digest over the digests of all of them."""
 
     count: int = 0
     digest: bytes = b""
@@ -95,7 +95,7 @@ class PartitionChain:
         return (self.count, self.digest) == (other.count, other.digest)
 
     def add(self, digest: bytes, offset: int) -> None:
-        """The next record."""
+        """Add the next record."""
         self.count, self.next_offset = self.count + 1, offset + 1
         self.digest = blake3(self.digest + digest).digest()
         if self.count % self.every == 0:
@@ -105,19 +105,19 @@ class PartitionChain:
 
 
 class Follower:
-    """Checks that a log, of which the chains are known, holds the first of the records that follow, and no others."""
+    """Checks that a log, of which the chains are known, holds the first of the given records, and no others."""
 
     def __init__(self, copy: Mapping[int, PartitionChain], name: str) -> None:
-        """`copy` has the chains of the log that is judged, whose `name` is for messages."""
+        """`copy` has the chains of the log to check; its `name` is for messages."""
         self._copy = copy
         self._name = name
         self.seen = {partition: PartitionChain() for partition in copy}
         """The chains of what the log should hold."""
 
     def covers(self, partition: int, digest: bytes, offset: int) -> bool:
-        """Whether the copy has a record for this one of the original, which comes next in its partition.
+        """Whether the copy has this record of the original, the next one of its partition.
 
-        Raises CorruptError where the copy differs, at the next mark or its end.
+        Raises CorruptError if the copy differs, at the next mark or at its end.
         """
         copy, seen = self._copy[partition], self.seen[partition]
         seen.add(digest, offset)

@@ -1,8 +1,8 @@
-"""Copies of a topic: copies a log into another one with as many partitions, record by record; and compares the two.
+"""Copies a log, record by record, into another one with the same number of partitions; and compares the two.
 
 A copy keeps partitions, keys, values, headers, times and order, and so all content of the log, administrative records
-included. Offsets change, because transactions take offsets too. The progress of a copy is not stored anywhere: the
-target's content shows it, which must be a beginning of the source.
+included. Offsets change, because transactions take offsets too. The progress of a copy is not stored: the target's
+content shows it, which must be the beginning of the source.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ async def copy_log(
     read back.
 
     Raises:
-        ConfigurationError: both are one log, they have other numbers of partitions, or the target could lose events.
-        NotFoundError: there is no record to skip. CorruptError: the target holds something else. Nothing was appended.
-        ConflictError: somebody writes to the target. UnavailableError: call again with the same, it goes on.
+        ConfigurationError: both are one log, their numbers of partitions differ, or the target could lose events.
+        NotFoundError: a record to skip does not exist. CorruptError: the target holds something else. Nothing was
+            appended.
+        ConflictError: somebody writes to the target.
+        UnavailableError: call again with the same arguments to continue.
     """
     end = await source.end()
     for partition, offset in skip:
@@ -106,7 +108,8 @@ async def _require_pair(original: Log, copy: Log) -> None:
 async def _matched(
     source: Log, ends: Mapping[int, int], there: dict[int, PartitionChain], skip: Collection[Place]
 ) -> dict[int, int]:
-    """By partition, the source's offset after what the target holds. Raises CorruptError: it holds something else."""
+    """By partition, the source's offset after the records that the target holds. Raises CorruptError if the target
+    holds something else."""
     starts = dict.fromkeys(ends, 0)
     left = sum(chain.count for chain in there.values())
     if not left:
@@ -135,13 +138,16 @@ class Comparison:
 
 
 async def compare_logs(original: Log, copy: Log, *, skip: Collection[Place] = ()) -> Comparison:
-    """Whether the copy is what the original begins with, in each partition: keys, values, headers, times and order.
+    """Check that in each partition the copy is a beginning of the original: keys, values, headers, times and order.
 
-    Repeated events, as mirrors write them after a restart, are skipped in both, as every reader does, and counted in
-    the copy. Records of the original in `skip` were left out of the copy. Changes nothing.
+    Repeated events, which mirrors write after a restart, are skipped in both, as every reader does, and counted in the
+    copy. Records of the original in `skip` were left out of the copy. Changes nothing.
 
-    Raises CorruptError, which names the first partition that differs and where; NotFoundError: there is no record to
-    skip; ConfigurationError: they cannot be a pair; UnavailableError.
+    Raises:
+        CorruptError: they differ; names the first partition that differs, and where.
+        NotFoundError: a record to skip does not exist.
+        ConfigurationError: the two cannot be original and copy.
+        UnavailableError.
     """
     await _require_pair(original, copy)
     ends = (await original.end()).offsets

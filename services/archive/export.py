@@ -1,9 +1,9 @@
-"""Exporting: every event of a log, or of some of its packages, into an archive; and the bytes that they name.
+"""Exports every event of a log, or of some of its packages, into an archive, and the bytes that the events name.
 
-The archive holds events of packages, each once. All other records are left out and counted: records that an operator
-has confirmed not to be events, repeated events, and administrative records, which name offsets of their own log. Views
-and subscribers skip all of them. Partitions are read one after another, up to where the log ended when the export
-began; blobs are read after all events, so that every blob that an event names is there.
+The archive holds each event of a package once. All other records are left out and counted: records that an operator has
+confirmed not to be events, repeated events, and administrative records, which name offsets of their own log. Views and
+subscribers skip all of them. Partitions are read one after another, up to the end of the log when the export began.
+Blobs are read after all events, so that every blob that an event names exists.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from services.log.records import BadRecord, Skips, is_administrative, read_recor
 from services.verify.notes import Claim, Notes
 
 _READ_AT_ONCE = 8
-"""How many blobs of PACK_BYTES at most are read at a time."""
+"""How many blobs of at most PACK_BYTES are read at a time."""
 
 _LET_OTHERS_RUN = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress: the current step, how much of it is done, and how much there is in all, if that is known."""
+    """The current step, how much of it is done, and how much there is in all, if that is known."""
 
     doing: str
     done: int
@@ -58,14 +58,14 @@ async def export_log(
     blobs: BlobStore | None = None,
     progress: Tell = lambda _: None,
 ) -> Contents:
-    """Write an archive of the log, as it is now, to the new file `path`; of these `packages` alone, if given.
+    """Write an archive of the log as it is now to the new file `path`; if `packages` are given, of these alone.
 
-    With `blobs` the archive holds the bytes that the events name too. Memory is bounded; what must be remembered lies
-    in temporary files. The file gets the name `path` only when all is written: an interrupted export starts again.
+    With `blobs` the archive also holds the bytes that the events name. Memory is bounded: temporary files hold the
+    rest. The file gets the name `path` only when all is written: an interrupted export starts again from the beginning.
 
     Raises:
         ConflictError: `path` exists. PackageNotFoundError: the log has no event of a package.
-        BadRecordError: a record is no event, and no operator has confirmed that.
+        BadRecordError: a record is not an event, and no operator has confirmed that.
         CorruptError: a package's events do not follow one another, or bytes that an event names are gone.
         UnavailableError; OSError: the file cannot be written.
     """
@@ -169,9 +169,9 @@ class _Events:
 async def _add_blobs(
     notes: Notes, blobs: BlobStore, archive: ArchiveWriter, contents: Contents, progress: Tell
 ) -> None:
-    """Add the bytes that events name: for a whole log all objects, for some packages only the bytes of their files.
+    """Add the bytes that events name: all objects for a whole log, only the bytes of their files for some packages.
 
-    Packages may share an object, and the archive of one must not hold bytes of another.
+    Packages may share an object, and the archive of one package must not hold bytes of another.
     """
     total, _ = notes.totals()
     reads = _Reads(blobs, objects=contents.packages is None)
@@ -196,7 +196,7 @@ async def _add_blobs(
 
 @dataclass(frozen=True, slots=True)
 class _Blob:
-    """Bytes that were read and proved, or that will be."""
+    """Bytes that are, or will be, read and proved."""
 
     digest: bytes
     length: int
@@ -218,7 +218,8 @@ class _Reads:
         self._sound = SoundReads(blobs)
 
     async def of_key(self, key: str, claims: Sequence[Claim]) -> list[_Blob]:
-        """The blobs that events claim in the object of this key: the whole object, or else each file's own bytes."""
+        """The blobs that events claim in the object of this key: the whole object, or otherwise the bytes of each
+        file."""
         if self._objects and (found := await self._object(key)) is not None:
             return [found]
         return [await self._file(claim) for claim in _distinct(claims)]

@@ -1,6 +1,6 @@
-"""Importing: proves an archive, fills an empty log with it, and translates positions of the old log to the new one.
+"""Imports: proves an archive, fills an empty log with it, and translates positions of the old log to the new one.
 
-The records of an archive have one order, by their events' times, whatever partitions they lay in. Each goes to the
+The records of an archive have one order, by their events' times, whatever partitions they were in. Each goes to the
 partition of its package in the new log. So the archive alone determines the content of each partition: an interrupted
 import continues after the existing records, and a log with any other content is refused.
 """
@@ -41,11 +41,11 @@ from services.log.records import is_administrative, read_record
 from services.verify.notes import Notes
 
 BATCH_RECORDS = 1_000
-"""Most records of a transaction."""
+"""Maximum number of records in a transaction."""
 
 _HELD_RECORDS = 6_000
 _HELD_BYTES = 16 << 20
-"""When so much waits for all partitions together, all of it is appended."""
+"""When this many bytes wait for all partitions together, all of them are appended."""
 
 _BLOBS_AT_ONCE = 8
 _LET_OTHERS_RUN = 1_000
@@ -53,7 +53,7 @@ _LET_OTHERS_RUN = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The result of an import. `resumed` events were there already; `end` is where the new log ends."""
+    """The result of an import. `resumed` is how many events existed before; `end` is where the new log ends."""
 
     log: UUID
     partitions: int
@@ -97,7 +97,7 @@ class _Check:
         self._wanted = None if archive.contents.packages is None else frozenset(archive.contents.packages)
         self._last = (-1, -1)
         self._blob: tuple[bytes, int, int] | None = None
-        """Digest, length and bytes so far of the blob that is being read."""
+        """Of the blob that is being read: digest, length, and how many bytes were read."""
         self._hash = blake3()
         self._blobs = self._blob_bytes = 0
         self.events = 0
@@ -164,14 +164,15 @@ async def import_archive(
 ) -> Loaded:
     """Fill the log, which `filler` fills, with the events of the archive, and `blobs` with its blobs.
 
-    Log and store are created when they are missing, after the whole archive was proved. The log must be empty, or hold
-    the beginning of this very import. Blobs are durable before the first event is appended. In the end all is read
-    back. Takes time in proportion to the archive; memory is bounded by a block of each archived partition.
+    Log and store are created if they are missing, after the whole archive was proved. The log must be empty, or hold
+    the beginning of this very import. Blobs are durable before the first event is appended. In the end everything is
+    read back. Takes time in proportion to the archive. Memory is bounded by a block of each archived partition.
 
     Raises:
         CorruptError: the archive is damaged, or the log holds something else; nothing was changed.
-        ConfigurationError: the blobs belong into another kind of store, or the log is not fit; nothing was appended.
-        ConflictError: somebody writes to the log. UnavailableError: call again with the same, it goes on.
+        ConfigurationError: the blobs belong in another kind of store, or the log is unfit; nothing was appended.
+        ConflictError: somebody writes to the log.
+        UnavailableError: call again with the same arguments to continue.
     """
     if blobs is not None and archive.contents.backend != blobs.backend_id:
         raise ConfigurationError(
@@ -214,7 +215,8 @@ async def import_archive(
 
 
 async def _placed(archive: Archive, log: Log, progress: Tell, doing: str) -> AsyncIterator[tuple[int, ArchivedRecord]]:
-    """All records by time, each with its partition in the log. Raises CorruptError: one would change its partition."""
+    """All records by time, each with its partition in the log. Raises CorruptError if one would change partitions in a
+    log with as many partitions."""
     same = archive.contents.partitions == await log.partitions()
     for number, record in enumerate(_merged(archive)):
         partition = log.partition_of(UUID(record.key.decode()))
@@ -230,7 +232,7 @@ async def _placed(archive: Archive, log: Log, progress: Tell, doing: str) -> Asy
 
 
 def _merged(archive: Archive) -> Iterator[ArchivedRecord]:
-    """All records by time; of equal times those of the lower partition first, and each partition in its own order."""
+    """All records by time. Of equal times, the lower partition comes first; each partition keeps its order."""
     sections = [archive.records(partition) for partition in sorted(archive.contents.sections)]
     return heapq.merge(*sections, key=attrgetter("time"))
 
@@ -268,7 +270,8 @@ class Batches:
 
 
 async def _store_blobs(archive: Archive, blobs: BlobStore, progress: Tell) -> int:
-    """Store every blob of the archive at its content-addressed key; how many. Raises as `BlobStore.store`."""
+    """Store every blob of the archive at its content-addressed key. Returns their number. Raises as
+    `BlobStore.store`."""
     pieces = archive.pieces()
     storing: set[asyncio.Task[None]] = set()
     done = 0
@@ -302,7 +305,7 @@ async def _store_blobs(archive: Archive, blobs: BlobStore, progress: Tell) -> in
 
 
 async def _whole(first: BlobPiece, pieces: Iterator[BlobPiece]) -> AsyncIterator[bytes]:
-    """The bytes of a blob of which this is the first piece."""
+    """The bytes of the blob that begins with this piece."""
     yield first.data
     done = len(first.data)
     while done < first.length:
@@ -312,19 +315,19 @@ async def _whole(first: BlobPiece, pieces: Iterator[BlobPiece]) -> AsyncIterator
 
 
 async def translate(archive: Archive, log: Log, positions: Sequence[Position]) -> list[Position]:
-    """For each position of the archived log, the one in this log from which a reader misses nothing.
+    """For each position of the archived log, the position in this log from which a reader misses nothing.
 
-    In a log of as many partitions it gives nothing twice either. In another, partitions were merged or split: a reader
-    may be given events again that it has seen, with the same ids and sequences.
+    In a log with as many partitions, a reader gets nothing twice either. Otherwise partitions were merged or split, and
+    a reader may get events again that it has seen, with the same ids and sequences.
 
-    Raises LogIdentityError: a position is of another log. CorruptError: the log does not begin with this archive.
+    Raises LogIdentityError if a position is of another log, CorruptError if the log does not begin with this archive.
     """
     for position in positions:
         position.require(archive.contents.log)
     partitions = await log.partitions()
     chains = {partition: PartitionChain() for partition in range(partitions)}
     seen: list[dict[int, int]] = [{} for _ in positions]
-    """For each position, by partition, how many records lie before the first one that its reader has not seen."""
+    """For each position, by partition: how many records lie before the first that its reader has not seen."""
     async for partition, record in _placed(archive, log, lambda _: None, "reading"):
         chain = chains[partition]
         for position, before in zip(positions, seen, strict=True):
@@ -342,7 +345,8 @@ async def translate(archive: Archive, log: Log, positions: Sequence[Position]) -
 async def _offsets_after(
     log: Log, packages: Sequence[UUID] | None, chains: dict[int, PartitionChain], wanted: dict[int, set[int]]
 ) -> dict[int, dict[int, int]]:
-    """By partition, the offset after so many events. Raises CorruptError if the log does not begin with the chains.
+    """By partition, the offset after each `wanted` number of events. Raises CorruptError if the log does not begin with
+    the chains.
 
     Records that an archive leaves out are skipped, because copies of a topic have them.
     """
