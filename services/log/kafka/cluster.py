@@ -42,7 +42,7 @@ _Answer = TypeVar("_Answer")
 _SECONDS = OPERATION_SECONDS.labels("log", "question")
 _FAILURES = OPERATION_FAILURES.labels("log", "question")
 
-# The package's types neither cover all that its documentation names nor mark it as exported.
+# The package's types do not cover everything that its documentation names, and do not mark it as exported.
 _admin: Any = confluent_kafka.admin
 
 ANSWER_SECONDS = 10.0
@@ -52,7 +52,7 @@ _CLIENT_SECONDS = 3.0
 """How long one client may take to answer before another one is asked."""
 
 _CONFIRMATIONS = 3
-"""At least so many clients are asked before an offset is reported to lie outside the log."""
+"""At least this many clients are asked before an offset is reported to lie outside the log."""
 
 _AGAIN_SECONDS = 0.05
 _SPENT = frozenset(
@@ -64,7 +64,7 @@ _SPENT = frozenset(
         KafkaError.NOT_COORDINATOR,
     }
 )
-"""Errors after which another client is asked: this one gets no answer, or keeps asking a former coordinator."""
+"""Errors after which another client asks: this one gets no answer, or keeps asking a former coordinator."""
 
 _LED_BY_OTHERS = frozenset(
     {
@@ -86,19 +86,20 @@ _MOVING = frozenset(
 )
 
 FRAMING = "delete.retention.ms"
-"""The topic's setting that says which framing its values have. Kafka has no room for remarks about a topic; this one
-has no effect on a topic that is not compacted, and is set in the same step as the topic is made.
+"""The topic's setting that says which framing its values have. Kafka has no place for metadata about a topic. This
+setting has no effect on a topic that is not compacted, and is set in the step that creates the topic.
 """
 
 CONFLUENT = "5"
-"""Its value for Confluent's framing, whose head has five bytes; every other value means single-object encoding."""
+"""The value of FRAMING for Confluent's framing, whose header has five bytes. Every other value means single-object
+encoding."""
 
 _HAS_MEMBERS = frozenset({KafkaError.NON_EMPTY_GROUP, KafkaError.UNKNOWN_MEMBER_ID})
 
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """The topic as described: `identity` is its topic id (KIP-516), `replicas` the fewest of any partition.
+    """The topic as described: `identity` is its topic id (KIP-516), `replicas` the lowest number of any partition.
 
     `under_replicated` are the partitions of which a replica is not in sync, as when a broker is away.
     """
@@ -154,7 +155,7 @@ class Shared(Generic[_Answer]):
 class Cluster:
     """Asks the cluster, from any thread. Every request blocks for ANSWER_SECONDS at most.
 
-    All raise UnavailableError, and ConfigurationError when the topic or the right to see it is missing.
+    All raise UnavailableError, and ConfigurationError if the topic or the right to see it is missing.
     """
 
     def __init__(self, kafka: KafkaSettings) -> None:
@@ -166,7 +167,7 @@ class Cluster:
         self._made: AdminClient | None = None
         self._identity: UUID | None = None
         self._epochs: dict[int, int] = {}
-        """By partition, the newest leader epoch of any answer so far about the topic with `_identity`."""
+        """By partition, the newest leader epoch in any answer so far about the topic with `_identity`."""
         self._bounds = Shared(self._confirm)
         self._framing_lock = Lock()
         self._framing: ConfluentFraming | None = None
@@ -202,7 +203,7 @@ class Cluster:
     def framing(self) -> ConfluentFraming | None:
         """The framing of the topic's values; None for single-object encoding. Asked once, then cached.
 
-        Raises ConfigurationError also when the registry that the topic was made with is not in the settings.
+        Also raises ConfigurationError if the registry with which the topic was created is not in the settings.
         """
         with self._framing_lock:
             if not self._framing_known:
@@ -289,9 +290,9 @@ class Cluster:
     def outside(self, offsets: Mapping[int, int]) -> dict[int, tuple[int, int]]:
         """The partitions whose offset lies outside the log, each with its first offset and its last stable offset.
 
-        Ask this before stopping for good. A deposed leader that does not know it yet answers with an older end. So new
-        clients ask through each bootstrap server in turn, and the answer of the newest leader counts. Callers that wait
-        at the same time share the answers.
+        Call this before stopping permanently. A deposed leader that does not know it yet answers with an older end. So
+        new clients ask through each bootstrap server in turn, and the answer of the newest leader counts. Callers that
+        wait at the same time share the answers.
         """
         bounds = self._bounds.answer()
         return {p: bounds[p] for p, offset in offsets.items() if not bounds[p][0] <= offset <= bounds[p][1]}
@@ -299,7 +300,7 @@ class Cluster:
     def judged(self, error: OutsideError, offsets: Mapping[int, int]) -> ArtifactStoreError:
         """The error to raise when a broker does not hold one of these offsets: `error` if the newest leader agrees.
 
-        Otherwise an UnavailableError: another broker may answer. Raises UnavailableError when no broker can be asked.
+        Otherwise an UnavailableError: another broker may answer. Raises UnavailableError if no broker can be asked.
         """
         if self.outside(offsets):
             return error
@@ -377,7 +378,7 @@ class Cluster:
         return frozenset(p.partition for p in parts if p.topic == self._kafka.topic)
 
     def _latest(self, partitions: Iterable[int], isolation: IsolationLevel) -> dict[int, int]:
-        """Asks again while a leader answers that is older than one that has answered before."""
+        """Asks again while the answer comes from a leader that is older than one that has answered before."""
         partitions, deadline = list(partitions), time.monotonic() + ANSWER_SECONDS
         while True:
             found = self._results(partitions, _admin.OffsetSpec.latest(), isolation)
@@ -423,8 +424,8 @@ class Cluster:
 
         With `or_nothing`, "there is no such offset" counts as an answer.
 
-        After a restart of its broker, a client may never get an answer about groups again, or keep asking the former
-        coordinator. A new client does not.
+        After a restart of its broker, a client may never again get an answer about groups, or keep asking the former
+        coordinator. So a new client is used.
         """
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
@@ -451,7 +452,7 @@ class Cluster:
             time.sleep(_AGAIN_SECONDS)
 
     def _look_for_leaders(self, admin: AdminClient) -> None:
-        """Make the client look up the leaders: by itself it keeps asking those that it knows."""
+        """Make the client look up the leaders: by itself it keeps asking the ones that it knows."""
         # Asking for the metadata of a deleted topic could create it again; describing it does not.
         for described in admin.describe_topics(TopicCollection([self._kafka.topic])).values():
             with suppress(KafkaException, TimeoutError):
@@ -474,7 +475,7 @@ class Cluster:
             self._made = None
 
 
-_NO_OFFSET = -1  # of ListOffsets, as Kafka answers it
+_NO_OFFSET = -1  # what Kafka's ListOffsets returns if there is no such offset
 
 
 def _answered(futures: Mapping[Any, Future[Any]], seconds: float, *, or_nothing: bool = False) -> dict[Any, Any]:
@@ -482,14 +483,14 @@ def _answered(futures: Mapping[Any, Future[Any]], seconds: float, *, or_nothing:
 
 
 def _epoch(result: Any) -> int:
-    """The epoch of the leader that answered; -1 if it does not tell."""
+    """The epoch of the leader that answered; -1 if the answer has none."""
     return -1 if result.leader_epoch is None else int(result.leader_epoch)
 
 
 def _answer(future: Future[Any], seconds: float, *, or_nothing: bool) -> Any:
-    """Wait for an answer. When a leader's answer was lost, librdkafka gives offset -1001 and no error: raise then.
+    """Wait for an answer. If a leader's answer was lost, librdkafka gives offset -1001 and no error; this raises then.
 
-    Taken for the end of the log, that offset would let a writer serve from an empty state.
+    If that offset were taken for the end of the log, a writer would serve from an empty state.
     """
     answer = future.result(seconds)
     if isinstance(answer, _admin.ListOffsetsResultInfo) and answer.offset < (_NO_OFFSET if or_nothing else 0):

@@ -1,9 +1,9 @@
-"""Connecting to Kafka: the settings of each kind of client, making them, and what their failures mean.
+"""Connects to Kafka: the settings of each kind of client, their creation, and the meaning of their failures.
 
-Clients are made after any fork. Their log lines go to `logging`, and no error shows a secret. Error codes are those of
-the Kafka protocol guide, and librdkafka's own (negative, names with a leading underscore).
+Clients are created after any fork. Their log lines go to `logging`, and no error shows a secret. Error codes are those
+of the Kafka protocol guide, and librdkafka's (negative, names with a leading underscore).
 
-A package's events are all in one partition, which `partition_of` computes from its id as the clients would.
+All events of a package are in one partition. `partition_of` computes it from the package's id, as the clients would.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from services.log.port import HeldError
 from services.runtime.logs import Repeats
 
 CLIENT_LOGGER = logging.getLogger("services.log.kafka.client")
-"""Where the client library's own log lines go; they appear when the client is next polled."""
+"""Receives the client library's log lines; they appear when the client is next polled."""
 
 _CLIENT_LINE = re.compile(r"(?P<facility>[A-Z_]+) \[[^\]]*#[a-z]+-\d+\] (?:\[thrd:[^\]]*\]: )?(?P<text>.*)", re.DOTALL)
-"""A line of librdkafka: its facility, which client says it in which thread, and what."""
+"""A log line of librdkafka: its facility, client, thread and text."""
 
 _BROKER_LINE = re.compile(
     r"(?:\w+: )?(?:\w+://)?(?P<address>[^/\s]+:\d+)(?:/\w+)?: (?P<connect>Connect to \S+ failed: )?(?P<why>.*)",
     re.DOTALL,
 )
-"""What such a line says of a connection that failed. One broker is named several times: as itself, as the coordinator
-of groups or transactions, and as one to begin with."""
+"""The text of such a line about a failed connection. One broker has several names: as itself, as the coordinator of
+groups or transactions, and as a bootstrap server."""
 
 _TOLD_ELSEWHERE = frozenset({"TXNERR", "FATAL", "MAXPOLL"})
-"""Facilities whose lines come back as errors of calls as well, so that our own lines tell the cause."""
+"""Facilities whose lines also come back as errors of calls, so that our own lines name the cause."""
 
 _Client = TypeVar("_Client")
 
 
 class ClientLines(logging.Filter):
-    """Makes lines of the client library readable. Each line passes once in a while, whichever client writes it. An
+    """Makes lines of the client library readable, and limits how often each passes, whichever client writes it. An
     unavailable broker is only a warning: the others take its place, and a component that stops without it reports that
     itself.
     """
@@ -79,7 +79,7 @@ CLIENT_LOGGER.addFilter(ClientLines())
 
 
 def make_consumer(config: dict[str, Any]) -> Consumer:
-    """Raises ConfigurationError for a setting that the client refuses, UnavailableError when the system has no room."""
+    """Raises ConfigurationError if the client refuses a setting, UnavailableError if the system lacks resources."""
     return _make(Consumer, config)
 
 
@@ -102,7 +102,7 @@ def _make(kind: Callable[..., _Client], config: dict[str, Any]) -> _Client:
         if found is not None and found.code() != KafkaError._INVALID_ARG:
             # No free thread or descriptor: temporary, or another process takes over.
             raise UnavailableError(f"a Kafka client cannot be made now: {found.name()}") from None
-        # The client's own text may show the value; the name is enough.
+        # The client's text may show the value; the name is enough.
         text = found.str() if found else ""
         named = next((name for name in sorted(config, key=len, reverse=True) if f'"{name}"' in text), None)
         raise ConfigurationError(
@@ -116,23 +116,25 @@ def _note(error: KafkaError) -> None:
 
 
 SESSION_TIMEOUT_MS = 6_000
-"""After this long without a heartbeat a member's partitions go to others; the least that brokers allow by default."""
+"""After this long without a heartbeat a member's partitions go to others. The minimum that brokers allow by
+default."""
 
 TRANSACTION_TIMEOUT_MS = 10_000
-"""After this long the coordinator ends an open transaction; until then it may hold up every reader."""
+"""After this long the coordinator ends an open transaction, which may delay every reader until then."""
 
 MAX_RECORD_BYTES = 1_048_588
-"""What a client sends in one record; the topic takes more, see TOPIC_MAX_MESSAGE_BYTES."""
+"""Maximum size of a record that a client sends. The topic takes more, see TOPIC_MAX_MESSAGE_BYTES."""
 
 TOPIC_MAX_MESSAGE_BYTES = 2 << 20
-"""`max.message.bytes` of a topic that `migrate` makes: a batch of one largest record fits with its framing."""
+"""`max.message.bytes` of a topic that `migrate` creates: a batch with one record of the largest size fits, with its
+framing."""
 
 
 def bounded(queue_bytes: int, fetch_bytes: int) -> dict[str, int]:
-    """The settings of a consumer that holds about `queue_bytes` of records that nobody has taken yet.
+    """The settings of a consumer whose queue holds about `queue_bytes` of records.
 
-    A fetch brings `fetch_bytes` of each partition as they are packed, or one batch of records that is larger (KIP-74).
-    The client unpacks all of it before it looks at how full its queue is: up to 255 times as much, where LZ4 has packed
+    A fetch returns `fetch_bytes` of each partition in compressed form, or one larger batch of records (KIP-74). The
+    client decompresses all of it before it checks how full its queue is: up to 255 times as much, if LZ4 has compressed
     records that repeat themselves.
     """
     return {
@@ -145,18 +147,18 @@ def bounded(queue_bytes: int, fetch_bytes: int) -> dict[str, int]:
 READS_ADMINISTRATIVE = 2
 READS_PRINCIPALS = 3
 INTERFACE = "/v3"
-"""What client ids of gateways and projectors end with, so that others know which records they can read.
+"""The suffix of the client ids of gateways and projectors: it shows others which records they can read.
 
-From `/v2` on that includes administrative records, from `/v3` on events with a principal. As the end of a gateway's URL
-it is part of every path of its internal listener, so that gateways of every release can forward to it.
+From `/v2` on they read administrative records, from `/v3` on events with a principal. As the end of a gateway's URL it
+is part of every path of its internal listener, so that gateways of every release can forward to it.
 """
 
 PROJECTOR = "artifact-store-projector/"
-"""What client ids of projectors begin with; their release follows."""
+"""The prefix of the client ids of projectors; their release follows."""
 
 
 def release_of(client_id: str) -> str | None:
-    """The release of the projector with this client id; None if it does not say."""
+    """The release of the projector with this client id; None if the id does not contain it."""
     release, mark, _ = client_id.removeprefix(PROJECTOR).rpartition("/v")
     return release if mark and client_id.startswith(PROJECTOR) else None
 
@@ -175,7 +177,7 @@ _REFUSED = {
     "ssl.providers": "it loads code from a file",
     "sasl.kerberos.kinit.cmd": "it runs a command",
 }
-"""Settings of librdkafka that let whoever sets them run code as this process."""
+"""Settings of librdkafka with which an operator could run code as this process."""
 
 _KERBEROS_NAME = re.compile(r"[A-Za-z0-9._/@:-]*")
 """Values that librdkafka puts into the shell command that renews a Kerberos ticket."""
@@ -200,7 +202,7 @@ _ALLOWED = re.compile(
     # Log lines of the client.
     r"|debug|log_level|log\.(connection\.close|thread\.name)"
 )
-"""The settings of librdkafka that operators may make. All others decide what the log guarantees, or may run code."""
+"""The settings of librdkafka that operators may set. All others decide what the log guarantees, or may run code."""
 
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,200}")
 _ENTRY = re.compile(r"[A-Za-z0-9.\-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}")
@@ -208,7 +210,7 @@ _ENTRY = re.compile(r"[A-Za-z0-9.\-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}")
 
 @dataclass(frozen=True, slots=True)
 class KafkaSettings:
-    """Where the topic is and which properties it must have; `options` may hold secrets and are never shown."""
+    """Where the topic is and which properties it must have. `options` may contain secrets and are never shown."""
 
     bootstrap: str
     prefix: str
@@ -257,7 +259,7 @@ class KafkaSettings:
 
     @property
     def aside_group(self) -> str:
-        """The consumer group of gateways that leave partitions to others for a while; operators find them in it."""
+        """The consumer group of gateways that leave partitions to others for a while; operators see them there."""
         return f"{self.writers_group}.aside"
 
     def projector_group(self, projection: str) -> str:
@@ -265,17 +267,17 @@ class KafkaSettings:
         return f"{self.prefix}.projector.{projection}"
 
     def admin(self) -> dict[str, Any]:
-        """For requests about topic, offsets and groups."""
+        """The settings of an admin client, for requests about topic, offsets and groups."""
         return self._client("artifact-store")
 
     def reader(self, own: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """A consumer with assigned partitions that sees only committed events; it never resets its offsets by itself.
-        `own` are settings in which this reader differs from others, unless options set them.
+        """The settings of a consumer with assigned partitions, which sees only committed events and never resets its
+        offsets by itself. `own` are settings in which this reader differs from others, unless options set them.
         """
         return {
             "fetch.wait.max.ms": 500,
-            # A silent broker is given up after this time (by default a minute), and the new leaders of its partitions
-            # are looked up. It has lost its session with the cluster after 9 s.
+            # After this time (by default a minute) the client gives up a silent broker, and looks up the new leaders of
+            # its partitions. Such a broker loses its session with the cluster after 9 s.
             "socket.timeout.ms": 10_000,
             **bounded(16 << 20, 256 << 10),
             "queued.min.messages": 20_000,
@@ -284,7 +286,7 @@ class KafkaSettings:
             "check.crcs": True,
             **(own or {}),
             **self._client("artifact-store"),
-            # The client wants a name although it joins no group.
+            # The client requires a name although it joins no group.
             "group.id": f"{self.prefix}.readers",
             "isolation.level": "read_committed",
             "enable.auto.commit": False,
@@ -293,7 +295,8 @@ class KafkaSettings:
         }
 
     def member(self, group: str, client_id: str, own: Mapping[str, int]) -> dict[str, Any]:
-        """A consumer in a group that hands partitions over one by one; `client_id` is seen by the whole group.
+        """The settings of a consumer in a group that hands over partitions one by one. The whole group sees
+        `client_id`.
 
         `own` are settings in which this group's members differ from readers, unless options set them.
         """
@@ -309,7 +312,7 @@ class KafkaSettings:
         }
 
     def producer(self, partition: int) -> dict[str, Any]:
-        """The transactional producer of one partition's writer."""
+        """The settings of the transactional producer of one partition's writer."""
         return {
             "compression.type": "lz4",
             # Only while a batch is being produced: a commit flushes without waiting.
@@ -443,7 +446,7 @@ _CAUSES = {
 
 
 def cause_of(error: KafkaError) -> str:
-    """The cause in the client's error, for operators."""
+    """The cause of the client's error, for operators."""
     code: int = error.code()
     if (known := _CAUSES.get(code)) is not None:
         return known
@@ -456,7 +459,7 @@ class OutsideError(CorruptError):
 
 
 def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
-    """The error of our tree for a client's error; `doing` names the operation, as in `reading the log`."""
+    """Our error for a client's error. `doing` names the operation, as in `reading the log`."""
     code = error.code()
     if code in _FORBIDDEN:
         return ConfigurationError(
@@ -487,7 +490,7 @@ def kafka_error(error: BaseException) -> KafkaError | None:
 
 
 def refusal(error: BaseException, doing: str) -> ArtifactStoreError | None:
-    """The error of our tree if the exception reports a missing right or a wrong clock; None for all others."""
+    """Our error if the exception reports a missing right or a wrong clock; None for all others."""
     found = kafka_error(error)
     mendable = found is not None and found.code() in {*_FORBIDDEN, KafkaError.INVALID_TIMESTAMP}
     return explained(found, doing) if found is not None and mendable else None
@@ -501,7 +504,7 @@ def spoiled_by_record(error: BaseException) -> bool:
 
 @contextmanager
 def explaining(doing: str) -> Iterator[None]:
-    """Turn the client's exceptions within into errors of our tree."""
+    """Turn the client's exceptions inside the block into our errors."""
     try:
         yield
     except KafkaException as error:

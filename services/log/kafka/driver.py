@@ -1,7 +1,7 @@
-"""The sequencer's driver for Kafka: leases of one topic's partitions, as its group and its guard allow.
+"""The sequencer's driver for Kafka: leases of a topic's partitions, as far as consumer group and guard allow.
 
-A `PartitionLease` is the right to append to a partition, until somebody else takes the partition over. It consists of a
-fenced producer, a reader of committed records (the tail), and the state folded from them.
+A `PartitionLease` is the right to append to a partition, until another process takes the partition over. It consists of
+a fenced producer, a reader of committed records (the tail), and the state folded from them.
 
 A take-over has four steps: `init_transactions` fences off every predecessor, a barrier record is appended, the
 partition is read up to the barrier, and commands are served. Reading first would be wrong: a predecessor could still
@@ -87,7 +87,7 @@ from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
 
 INIT_SECONDS = 30.0
 COMMIT_SECONDS = 12.0
-"""Longer than the transaction time-out, so that the coordinator decides before we give up."""
+"""Longer than the transaction time-out: the coordinator decides before we give up."""
 
 PATIENCE_SECONDS = 15.0
 """Give up reading after this long without progress. Another producer's open transaction can stop it."""
@@ -95,20 +95,21 @@ PATIENCE_SECONDS = 15.0
 _HIDDEN_RETRY_SECONDS = 5.0
 
 _LEADERS_SECONDS = 1.0
-"""Look for the leaders again whenever reading makes no progress for so long."""
+"""Look up the leaders again whenever reading makes no progress for this long."""
 
 PROOF_SECONDS = 0.02
 """The minimum time between two proofs. Each takes about 3 ms, during which nothing can be appended."""
 
 _BARRIER_EARLIER_MS = 24 * 3600 * 1000
-"""How long before now a barrier is dated: a clock that is a day ahead neither keeps it out nor dates the partition.
+"""How far a barrier is dated back: a clock that is a day ahead neither makes Kafka refuse it nor sets the time of the
+partition.
 
 Not much longer: Kafka begins a new segment after a record that is much older than those that follow, and deletes the
 segment by the record's time once somebody sets a retention.
 """
 
 _CONNECT_SECONDS = 0.05
-"""Wait so long before `init_transactions`: a client that is not connected yet waits 0.5 s for its coordinator."""
+"""Wait this long before `init_transactions`: a client that is not connected yet waits 0.5 s for its coordinator."""
 
 _READ = 500
 _NOWHERE = -1
@@ -129,10 +130,10 @@ class _Ahead:
 
     end: int
     skips: dict[bytes, tuple[int, Event]] = field(default_factory=dict)
-    """The last skip of each digest, with the skip's own offset."""
+    """The last skip of each digest, with the offset of the skip."""
     administrative: AdministrativeHead | None = None
     accepted: list[AcceptedLoss] = field(default_factory=list)
-    """Losses that were accepted in this log."""
+    """Losses that operators have accepted in this log."""
     last_created_at: int = 0
 
 
@@ -140,7 +141,7 @@ class PartitionLease(Lease):
     """See `Lease`. Every method blocks.
 
     The state ends before a record that is not an event, unless an operator has confirmed it. While a lease is `stopped`
-    like that, it takes nothing but the confirmation (`record`).
+    in this way, it accepts only the confirmation (`record`).
     """
 
     def __init__(
@@ -158,9 +159,9 @@ class PartitionLease(Lease):
         """Use `take_over`."""
         self.restored_from = FROM_LOG
         self._stopped: BadRecord | None = None
-        """The record that the state ends before."""
+        """The bad record before which the state ends."""
         self._skips: dict[bytes, tuple[int, Event]] = {}
-        """As `_Ahead.skips`, of all that was looked at so far."""
+        """As `_Ahead.skips`, of all records that were looked at so far."""
         self.losses: Sequence[Loss] = ()
         """Acknowledged records that the log lost: nothing may be appended."""
         self._states = states
@@ -179,10 +180,10 @@ class PartitionLease(Lease):
         self._proven = 0.0
         """When the last proof began, on the monotonic clock (s)."""
         self._delivered = _Delivered(0)
-        """What Kafka has said of the transaction's records."""
+        """What Kafka has reported about the transaction's records."""
         self._tail: Reader | None = None
         self._tail_at = 0
-        """The offset of the tail's next record; _NOWHERE once it is not kept track of."""
+        """The offset of the tail's next record; _NOWHERE once it is no longer tracked."""
         self._producer: Producer | None = None
 
     @classmethod
@@ -201,12 +202,12 @@ class PartitionLease(Lease):
     ) -> Self:
         """Take the partition over. Blocks until all of it is read, which takes seconds to minutes.
 
-        `is_ours` is asked right before the fence, and must say that the group has assigned the partition to this
-        process. The lease commits nothing while `in_doubt` says that the topic may have been deleted. It calls
+        `is_ours` is called right before the fence, and must return whether the group has assigned the partition to this
+        process. The lease commits nothing while `in_doubt` returns True: the topic may have been deleted. It calls
         `progressed` after each step that need not be repeated if the take-over fails.
 
         Raises:
-            UnavailableError: the cluster cannot be reached, somebody else's open transaction hides the end of the log,
+            UnavailableError: the cluster cannot be reached, another producer's open transaction hides the log's end,
                 or the state file cannot be used.
             PartitionNotOwnedError: the partition is assigned to another process, or `stopping` returned True.
             CorruptError: the partition breaks an invariant.
@@ -226,7 +227,7 @@ class PartitionLease(Lease):
 
     def _fence(self, is_ours: Callable[[], bool]) -> None:
         """Fence off every predecessor."""
-        # A cluster that is away is asked through the one client that all partitions share, before others are made.
+        # All partitions share this client: while the cluster is unavailable, no further clients are created.
         topic, identity = self._cluster.topic(), self._origin.identity
         if topic.identity != identity:
             raise LogIdentityError(
@@ -267,8 +268,8 @@ class PartitionLease(Lease):
     def commit(self, values: Sequence[bytes]) -> None:
         """See `Lease`. Returns once the tail has shown exactly these records.
 
-        Raises whatever the client raises. Raises UnavailableError when the tail shows other records or none in time,
-        when the topic may have been deleted, and when the transaction does not begin where reading has ended.
+        Raises whatever the client raises. Raises UnavailableError if the tail shows other records or none in time, if
+        the topic may have been deleted, and if the transaction does not begin where reading has ended.
         """
         with _COMMIT_TIME.time(), _COMMIT_FAILURES.count_exceptions():
             _open(self._producer).flush(COMMIT_SECONDS)  # so that the records were sent before the topic is checked
@@ -314,11 +315,11 @@ class PartitionLease(Lease):
         """See `Lease`. Also works while the lease is `stopped`, and reads on up to the new record.
 
         `require_readers` is called before the record is appended: every process of the installation must be able to
-        read it. A confirmation that is recorded already gets the same answer again.
+        read it. A confirmation that is already recorded gets the same answer again.
 
-        Raises InvalidRequestError: the log contradicts what is confirmed. Raises PushBackError: an open transaction
-        hides the record. Raises what `require_readers` raises. Raises whatever the client raises, after which the
-        outcome is unknown: close the lease.
+        Raises InvalidRequestError if the log contradicts what is confirmed, PushBackError if an open transaction hides
+        the record, and whatever `require_readers` raises. Also raises whatever the client raises; the outcome is then
+        unknown: close the lease.
         """
         state = self.state
         ahead = self._look_ahead(state.next_offset)
@@ -395,9 +396,9 @@ class PartitionLease(Lease):
     def _append_alone(
         self, value: bytes | None, key: str | None, timestamp: int, headers: Headers | None, *, commit: bool
     ) -> int:
-        """Append one record in a separate transaction, which is committed or aborted; the record's offset.
+        """Append one record in a separate transaction, which is committed or aborted. Returns the record's offset.
 
-        Raises whatever the client raises, and UnavailableError when not all in-sync replicas have acknowledged it.
+        Raises whatever the client raises, and UnavailableError if not all in-sync replicas have acknowledged it.
         """
         producer, delivered = _open(self._producer), _Delivered(1)
         producer.begin_transaction()
@@ -417,7 +418,7 @@ class PartitionLease(Lease):
         _open(self._producer).commit_transaction(COMMIT_SECONDS)
 
     def save_if_due(self) -> None:
-        """See `Lease`. Also offers the state as a snapshot, and tidies a part of its file. Raises StateFileError."""
+        """See `Lease`. Also offers the state as a snapshot, and compacts a part of its file. Raises StateFileError."""
         if self.state.save_due:
             self.state.save()
             self._progressed()
@@ -455,22 +456,22 @@ class PartitionLease(Lease):
                 slot.release()
 
     def _remember(self) -> None:
-        """Keep in memory which record was read last: a state that is in doubt is not saved up to it.
+        """Keep in memory which record was read last: a state that is in doubt is not saved up to there.
 
-        This is done at each commit and not when the lease closes: while a call to Kafka keeps it from closing, the
-        group may assign the partition to this process again. What was remembered before stays while the log has not
-        been read, and while it lacks something.
+        This is done at each commit and not when the lease closes: while a call to Kafka delays the closing, the group
+        may assign the partition to this process again. The earlier memory stays while the log has not been read, and
+        while the log has losses.
         """
         anchor = self.state.anchor
         if self._stopped is None and not self.losses and anchor.next_offset:
             self._states.remembered[self._partition] = self._origin.identity, anchor
 
     def _barrier(self) -> int:
-        """Append a record in a transaction that is aborted, acknowledged by all in-sync replicas; its offset.
+        """Append a record that all in-sync replicas acknowledge, in a transaction that is aborted. Returns its offset.
 
-        Every committed transaction lies below this offset, and no reader of committed events sees the record.
+        Every committed transaction is below this offset, and no reader of committed events sees the record.
 
-        The abort also ends a transaction of this transactional id that only the partition still holds for open. A
+        The abort also ends a transaction of this transactional id that only the partition still considers open. A
         broker that was killed can come back without the marker of a transaction that the coordinator considers
         complete. The partition would wait for that marker for ever. Nobody has read such a transaction, so nothing in
         it was acknowledged. Transactions of other producers are not affected.
@@ -482,8 +483,8 @@ class PartitionLease(Lease):
     def _restore(self, barrier: int) -> None:
         """Start from the best state that agrees with the log, and read from there up to the barrier.
 
-        A state that names a record that the log does not hold proves a loss: it is added to `losses`. The store is
-        asked now and not before the barrier: otherwise it could get a state, and the log lose its record, in between.
+        A state that names a record that the log does not hold proves a loss, which is added to `losses`. The store is
+        asked only after the barrier: otherwise it could get a state, and the log lose its record, in between.
         """
         self._end = barrier + 1
         found = stored(self._states, self._origin, self._stopping)
@@ -531,14 +532,14 @@ class PartitionLease(Lease):
             self._state = None
 
     def _settle(self, losses: Sequence[Loss]) -> None:
-        """Set `losses` to those that no operator has accepted, and remove the evidence of the others."""
+        """Set `losses` to the losses that no operator has accepted, and remove the evidence of the others."""
         accepted = self.state.irregular.accepted
         settled = [loss for loss in losses if any(loss.accepted_by(a, self._origin.identity) for a in accepted)]
         self._forget(settled, "an operator has accepted that")
         self.losses = [loss for loss in losses if loss not in settled]
 
     def _settle_copied(self, end: int) -> None:
-        """Drop losses of another log whose records this log holds at any offset: then it is a copy of the other."""
+        """Drop losses of another log if this log holds their records at any offset: it is then a copy of the other."""
         wanted = {loss.digest for loss in self.losses if loss.witness.log != self._origin.identity}
         if not wanted:
             return
@@ -562,7 +563,7 @@ class PartitionLease(Lease):
             self._states.snapshots.forget(self._origin, [loss.witness for loss in losses])
 
     def _lost_by(self, state: PartitionState, end: int) -> Loss | None:
-        """As `_lost`, for a snapshot that was downloaded."""
+        """As `_lost`, for a downloaded snapshot."""
         anchor = Anchor(state.next_offset, state.digest, state.last_created_at)
         return self._lost(Witness(SNAPSHOT, self._origin.identity, anchor, state.path.name), end)
 
@@ -588,9 +589,9 @@ class PartitionLease(Lease):
         return None
 
     def _remembered(self, offset: int) -> Record | None:
-        """The committed record at this offset, None if there is none. Leaves the tail at the next offset.
+        """The committed record at this offset; None if there is none. Leaves the tail at the next offset.
 
-        Raises CorruptError when the log begins after this offset.
+        Raises CorruptError if the log begins after this offset.
         """
         self._begin_at(offset)
         self._tail_at = _NOWHERE
@@ -601,7 +602,7 @@ class PartitionLease(Lease):
         return None
 
     def _begin_at(self, offset: int) -> None:
-        """Make the tail read from `offset`, unless it does so already."""
+        """Make the tail read from `offset`, unless it is there already."""
         if self._tail is not None:
             if self._tail_at == offset:
                 return
@@ -633,7 +634,7 @@ class PartitionLease(Lease):
                     producer.poll(_LOOK_SECONDS)
 
     def _read_back(self, values: Sequence[bytes]) -> int:
-        """Wait until the tail shows exactly these records in this order; the offset of the last one.
+        """Wait until the tail shows exactly these records in this order. Returns the offset of the last one.
 
         Values identify records, because each contains its event's id.
         """
@@ -650,10 +651,11 @@ class PartitionLease(Lease):
         return last
 
     def _require_all_read(self) -> None:
-        """Raise unless the transaction begins where reading has ended. Its events were decided from the records that
-        were read. A log that has lost some of these still accepts events from a producer of which it has no record
-        left. Whether others have appended anything is only checked for the first transaction of a lease: later ones
-        follow a commit of this producer.
+        """Raise UnavailableError unless the transaction begins where reading has ended.
+
+        Its events were decided from the records that were read. A log that has lost some of these still accepts events
+        from a producer if it has none of the producer's records left. Whether others have appended anything is only
+        checked for the first transaction of a lease: later ones follow a commit of this producer.
         """
         late = f"Kafka did not take the records of a transaction within {COMMIT_SECONDS:g} s"
         first, tail = self._delivered.first(late), _open(self._tail)
@@ -671,7 +673,7 @@ class PartitionLease(Lease):
                 raise UnavailableError(self._cause("what lies before the transaction cannot be read"))
 
     def _read_to(self, target: int) -> int:
-        """Fold the records before `target` into the state; how many those were. Stops before a bad record."""
+        """Fold the records before `target` into the state. Returns their number. Stops before a bad record."""
         count, self._tail_at = 0, _NOWHERE
         for found in self._records_to(_open(self._tail), target):
             for record in found:
@@ -704,7 +706,7 @@ class PartitionLease(Lease):
                 raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
 
     def _apart(self, start: int, end: int) -> Generator[Record]:
-        """The records from `start` to before `end`, from a reader of their own. Close the generator to close it."""
+        """The records from `start` to before `end`, from a separate reader. Closing the generator closes it."""
         reader = Reader(self._kafka, {self._partition: start}, self._cluster)
         try:
             yield from chain.from_iterable(self._records_to(reader, end))
@@ -764,7 +766,7 @@ class PartitionLease(Lease):
     def _record_at(self, offset: int) -> Event | BadRecord | None:
         """The committed record at this offset; None if there is none.
 
-        Raises PushBackError: an open transaction keeps the record from being read, and perhaps from being committed.
+        Raises PushBackError if an open transaction hides the record, which may itself be uncommitted.
         """
         only = [self._partition]
         end = max(self._end, self._cluster.last_stable(only)[self._partition])
@@ -781,7 +783,7 @@ class PartitionLease(Lease):
         return self._read(found) if found is not None and found.offset == offset else None
 
     def _offset_of(self, value: bytes, start: int) -> int:
-        """Wait until a record with this value can be read at `start` or later; its offset."""
+        """Wait until a record with this value can be read at `start` or later. Returns its offset."""
         reader = Reader(self._kafka, {self._partition: start}, self._cluster)
         wait = _Wait(reader)
         try:
@@ -819,15 +821,15 @@ class PartitionLease(Lease):
 
 
 def _skip_of(bad: BadRecord, skips: Mapping[bytes, tuple[int, Event]]) -> Event | None:
-    """The skip that covers the record: the last one of its digest, if it lies after the record."""
+    """The skip that covers the record: the last skip of its digest, if it comes after the record."""
     offset, event = skips.get(bad.digest, (bad.offset, None))
     return event if offset > bad.offset else None
 
 
 class _Delivered:
-    """Where Kafka has put a transaction's records, or the last error: collected as delivery callbacks.
+    """Collects, from delivery callbacks, where Kafka has put a transaction's records, or the last error.
 
-    Only the first and the last record have one: a callback for each would cost time. If another is refused, the
+    Only the first and the last record have a callback: one for each would cost time. If another record is refused, the
     commit fails.
     """
 
@@ -851,7 +853,7 @@ class _Delivered:
         """The offset of the first record.
 
         Raises KafkaException if a record was refused, and UnavailableError if not all were delivered, or if the log has
-        lost some of them since: it may still accept the others.
+        since lost some of them: it may still accept the others.
         """
         if self._error is not None:
             raise KafkaException(self._error)
@@ -900,7 +902,7 @@ class KafkaDriver(Driver):
         self._identity = identity
         self.topic = kafka.topic
         self.doubt = Flag()
-        """Set while it is not known that the topic is still the log's: nothing is committed."""
+        """Set while it is unknown whether the topic is still the log's: nothing is committed then."""
         self._kafka = kafka
         self._cluster = cluster
         self._states = states

@@ -1,7 +1,7 @@
-"""Filling a topic that has no writer yet with records of another log: imports, copies.
+"""Fills a topic that has no writer yet with records of another log: imports, copies.
 
-It takes the partitions over as their writers do, with their transactional ids: a later gateway or filler fences it off,
-and its next transaction fails.
+The filler takes over the partitions as their writers do, with their transactional ids. A later gateway or filler fences
+it off, and its next transaction fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class KafkaFiller:
         self._log = log
         self._producers: dict[int, Producer] = {}
         self._last: dict[int, int] = {}
-        """By partition, the offset of the last record that was appended and perhaps cannot be read yet."""
+        """By partition, the offset of the last record that was appended. Readers may not see it yet."""
 
     async def begin(self) -> None:
         """See `LogFiller`."""
@@ -48,7 +48,7 @@ class KafkaFiller:
         await self._log.blocking(lambda: self._append(partition, records))
 
     async def settle(self) -> None:
-        """See `LogFiller`. The brokers write a transaction's end to its partitions after the commit was answered."""
+        """See `LogFiller`. Brokers write a transaction's end to its partitions only after they answer the commit."""
         with explaining("waiting until what was appended can be read"):
             await asyncio.wait_for(self._settled(), COMMIT_SECONDS)
 

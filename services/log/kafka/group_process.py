@@ -1,11 +1,11 @@
 """Finds the members of a consumer group in a child process.
 
-librdkafka aborts the process that describes a group when the connection to the group's coordinator breaks at the wrong
+librdkafka aborts the process that describes a group if the connection to the group's coordinator breaks at the wrong
 moment (confluentinc/librdkafka#4605; its fix, #5397, is not released). A gateway asks all the time, and must survive
-this. So a child asks, and is restarted when it has died.
+this. So a child process asks, and is restarted if it dies.
 
 The two exchange lines of JSON: the connection's settings, then the name of a group for each request. The settings go
-through the pipe, so that no secret is among the arguments. The child ends with its standard input.
+through the pipe, so that the command line contains no secret. The child ends when its standard input ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from services.log.kafka.connection import KafkaSettings
 
 _CHILD = "from services.log.kafka.group_process import main; main()"
 _CHILD_SECONDS = ANSWER_SECONDS + 5.0
-"""A child that has not answered after so long is ended: its client may be stuck, or the process frozen."""
+"""A child that has not answered after this long is ended: its client may be stuck, or the process frozen."""
 
 _PIECE_BYTES = 65_536
 
@@ -38,7 +38,7 @@ class GroupProcess:
     """Describes groups through a child process. Every method may be called from any thread."""
 
     def __init__(self, kafka: KafkaSettings) -> None:
-        """Starts nothing yet."""
+        """Does not start the child yet."""
         self._kafka = kafka
         self._asking = Lock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -46,7 +46,7 @@ class GroupProcess:
         """By group."""
 
     def members(self, group: str) -> list[Member] | None:
-        """As `Cluster.members`. Blocks for twice _CHILD_SECONDS at most. Simultaneous callers share an answer.
+        """As `Cluster.members`. Blocks for at most twice _CHILD_SECONDS. Simultaneous callers share an answer.
 
         Raises UnavailableError, ConfigurationError.
         """
@@ -82,7 +82,7 @@ class GroupProcess:
         return {"error": "nobody says who the members of the group are", "lasting": False}
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # -P: no module of the current folder may take the place of one of ours.
+        # -P: no module of the current folder may replace one of ours.
         command = [sys.executable, "-P", "-c", _CHILD]
         child = subprocess.Popen(  # noqa: S603 - nothing in it comes from outside
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
@@ -100,7 +100,7 @@ class GroupProcess:
 
 
 def _line(pipe: int, seconds: float) -> bytes:
-    """The next line. Raises EOFError when the pipe ends, TimeoutError when the time is over."""
+    """The next line. Raises EOFError if the pipe ends, TimeoutError if the time is over."""
     deadline = time.monotonic() + seconds
     found = b""
     with DefaultSelector() as selector:
@@ -116,7 +116,7 @@ def _line(pipe: int, seconds: float) -> bytes:
 
 def main() -> None:
     """The child: answers until its standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the parent too, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal also sends it to the parent, which ends us
     cluster = Cluster(KafkaSettings(**json.loads(sys.stdin.buffer.readline())))
     for line in sys.stdin.buffer:
         answer: Mapping[str, Any]

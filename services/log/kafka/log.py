@@ -25,14 +25,14 @@ from services.log.records import BadRecord, BatchSize, Skips, is_administrative,
 _FIELDS = tuple(field.name for field in fields(Event))
 _BATCH_RECORDS = 500
 _BATCH_BYTES = 1 << 20
-"""What a reader holds at a time, as records and as events. A gateway may have many readers whose clients are slow."""
+"""How much a reader holds at a time, as records and as events. A gateway may have many readers with slow clients."""
 
 _BOUNDS = bounded(1 << 20, 4 << 10)
-"""What the client of such a reader holds beside that, however well its records are packed."""
+"""Limits what the Kafka client of such a reader holds in addition, however well its records are compressed."""
 
 _SCAN_BATCH = 2000
 _REMEMBERED = 10_000
-"""Of so many packages a reader knows the last number, to pass over records that come again."""
+"""A reader knows the last sequence of this many packages, to skip repeated records."""
 
 _POLL_SECONDS = 0.5
 _T = TypeVar("_T")
@@ -70,7 +70,7 @@ class KafkaLog:
         return partition_of(package_id, self._topic.partitions)
 
     async def end(self, covering: Position | None = None) -> Position:
-        """See `Log`. The last stable offsets: records beyond belong to open transactions."""
+        """See `Log`. The last stable offsets: records beyond them belong to open transactions."""
         found = await self._look()
         ends = await self.blocking(lambda: self.cluster.last_stable(range(found.partitions)))
         if covering is not None and covering.log == found.identity:
@@ -94,9 +94,9 @@ class KafkaLog:
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncGenerator[RecordedEvent]:
-        """See `Log`. One consumer and one thread while the caller iterates.
+        """See `Log`. Uses one consumer and one thread while the caller iterates.
 
-        `poll_seconds` changes nothing: the broker answers a waiting reader as soon as there is something.
+        `poll_seconds` has no effect: the broker answers a waiting reader as soon as there is a record.
         """
         found = await self._look()
         position = since or Position(found.identity, {})
@@ -120,7 +120,7 @@ class KafkaLog:
                 last = None if follow else extent.last_sequence
                 ((p, start),) = starts.items()
                 begins = await self.blocking(lambda: self.cluster.at_time([p], extent.created_at // 1000))
-                # The record before a position is most likely the event that the reader saw last: it shows its sequence.
+                # The record before a position is probably the event that the reader saw last: it shows its sequence.
                 starts = {p: max(start - 1 if last is not None and start else start, min(begins.get(p, 0), ends[p]))}
         reading = _Reading(self, starts, None if follow else ends, key, position, last)
         try:
@@ -133,7 +133,7 @@ class KafkaLog:
     async def scan(
         self, starts: Mapping[int, int], ends: Mapping[int, int], *, headers: bool = False
     ) -> AsyncGenerator[Batch]:
-        """See `Log`. One consumer and one thread while the caller iterates."""
+        """See `Log`. Uses one consumer and one thread while the caller iterates."""
         wanted = {p: start for p, start in starts.items() if start < ends[p]}
         if not wanted:
             return
@@ -161,7 +161,7 @@ class KafkaLog:
         return await KafkaSubscription(self.kafka, self.cluster, projection, start_offsets, settled).open()
 
     async def damage(self) -> Sequence[str]:
-        """See `Log`. Brokers check what they keep, and clients what they fetch."""
+        """See `Log`. Always none: brokers check what they store, and clients what they fetch."""
         return ()
 
     async def committed(self, projection: str) -> Mapping[int, tuple[int, str]]:
@@ -184,7 +184,7 @@ class KafkaLog:
         self._topic = await self.blocking(lambda: topic.migrate(self.kafka, self.cluster))
 
     async def check(self) -> None:
-        """See `Log`. Checks that only matter at the start are repeated until they have passed once."""
+        """See `Log`. Checks that only matter at the start are repeated until they pass once."""
         starting = not self._passed
         self._topic = await self.blocking(lambda: topic.check(self.kafka, self.cluster, starting=starting))
         self._passed = True
@@ -202,7 +202,7 @@ class KafkaLog:
         found = await self.blocking(self.cluster.topic)
         if self._topic is None:
             self._topic = found
-        # Where a package's events lie follows from their number: it is that of the log that was opened.
+        # The number of partitions decides where a package's events are: it stays that of the log that was opened.
         elif found.identity == self._topic.identity and (grown := self._topic.difference(found)) is not None:
             raise ConfigurationError(grown)
         return found
@@ -210,7 +210,7 @@ class KafkaLog:
     async def _checked_ends(
         self, starts: Mapping[int, int], at_least: Mapping[int, int] | None = None
     ) -> dict[int, int]:
-        """Where the partitions end; the caller knows that this is not before `at_least`."""
+        """Where the partitions end. The caller knows that they do not end before `at_least`."""
         ends, earliest = await asyncio.gather(
             self.blocking(lambda: self.cluster.last_stable(starts)),
             self.blocking(lambda: self.cluster.earliest(starts)),
@@ -225,7 +225,8 @@ class KafkaLog:
         return ends
 
     async def _confirmed(self, offsets: Mapping[int, int]) -> dict[int, int]:
-        """The ends of partitions that seemed to end before these offsets: these, unless the newest leader agrees."""
+        """The ends of partitions that seemed to end before these offsets: the offsets themselves, unless the newest
+        leader agrees that the partition ends earlier."""
         if not offsets:
             return {}
         outside = await self.blocking(lambda: self.cluster.outside(offsets))
@@ -233,7 +234,7 @@ class KafkaLog:
 
 
 def recorded(event: Event, position: Position) -> RecordedEvent:
-    """The event with the position after it."""
+    """The event, with the position after it."""
     return RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=position)
 
 
@@ -256,7 +257,7 @@ class _Scan:
         return self._at == self._ends
 
     def some(self) -> Batch | None:
-        """The next records, perhaps none; None after the last."""
+        """The next records, perhaps none; None once all were read."""
         if self.done:
             return None
         began = time.monotonic()
@@ -290,7 +291,7 @@ class _Reading:
         position: Position,
         last: int | None,
     ) -> None:
-        """`last` is the number of the last event of the package with this key, if it is known."""
+        """`last` is the sequence of the last event of the package with this key, if it is known."""
         self._log = log
         self._last = last
         self._since = position.offsets
@@ -308,7 +309,7 @@ class _Reading:
         self._watch = Watch(position.log, log.identity)
 
     async def some(self) -> list[RecordedEvent] | None:
-        """The next events, perhaps none; None after the last."""
+        """The next events, perhaps none; None once all were read."""
         if self._stopped is not None:
             raise self._stopped.error
         if self._done:
@@ -363,7 +364,7 @@ class _Reading:
         return events
 
     def _came_again(self, event: Event) -> bool:
-        """Whether the event's package already had its sequence, among the recently read packages."""
+        """Whether the event's package, if it was read recently, already had this sequence."""
         last = self._sequences.pop(event.package_id, 0)
         self._sequences[event.package_id] = max(last, event.sequence)
         if len(self._sequences) > _REMEMBERED:

@@ -1,11 +1,11 @@
 """Confluent's framing of record values, and the schema registry whose ids are in it.
 
-Everywhere else in the project an event's bytes are in single-object encoding (`schemas.codec`). A topic that was made
-with a schema registry carries the same Avro after another head: 00 and the registry's four-byte id of the schema. The
-head is exchanged where records are sent and where they are received, and nowhere else.
+Everywhere else in the project an event's bytes are in single-object encoding (`schemas.codec`). A topic that was
+created with a schema registry carries the same Avro after another header: 00 and the registry's four-byte id of the
+schema. The header is exchanged only where records are sent and received.
 
-The registry speaks Confluent's REST interface, as Karapace and Apicurio do as well. It is asked when a process starts.
-A process that runs does not need it.
+The registry speaks Confluent's REST interface, which Karapace and Apicurio also offer. A process asks it when it
+starts, and does not need it afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_ANSWER_BYTES = 1 << 20
 
 
 class ConfluentFraming:
-    """Exchanges the heads of values. `received` is the inverse of `sent`, and no two values become one."""
+    """Exchanges the headers of values. `received` is the inverse of `sent`, and no two values become the same."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         """`ids`: the registry's id of each event type's schema."""
@@ -41,9 +41,9 @@ class ConfluentFraming:
         self._received = {head: mark for mark, head in self._sent.items()}
 
     def sent(self, value: bytes) -> bytes:
-        """The value as the topic holds it, so that `received` gives it back.
+        """The value as the topic holds it, so that `received` returns the original.
 
-        Raises CorruptError for a value of another log that is not an event there and would be one here, or the reverse.
+        Raises CorruptError for a value of another log that is not an event there but would be one here, or vice versa.
         """
         head = self._sent.get(value[:HEAD_BYTES])
         if head is not None:
@@ -58,21 +58,21 @@ class ConfluentFraming:
         mark = self._received.get(value[:_HEAD])
         if mark is not None:
             return mark + value[_HEAD:]
-        # The other framing would be read if it were passed on, and then the topic would hold both.
+        # If a value in the other framing were passed on, readers would accept it, and the topic would hold both.
         return _MAGIC + value if value.startswith(SINGLE_OBJECT) else value
 
 
 class SchemaRegistry:
-    """The schemas of one topic in a registry, each under a subject of its own. Every method blocks.
+    """The schemas of one topic in a registry, each under its own subject. Every method blocks.
 
     A subject is the topic, `-` and the full name of the record: Confluent's TopicRecordNameStrategy. A topic with
     several record types needs it, and Connect's converter looks for it.
 
-    All raise UnavailableError when the registry gives no answer, and ConfigurationError when it refuses.
+    All raise UnavailableError if the registry gives no answer, and ConfigurationError if it refuses.
     """
 
     def __init__(self, url: str, topic: str) -> None:
-        """`url` may hold a user and a password. Raises ConfigurationError for an invalid URL."""
+        """`url` may contain a user and a password. Raises ConfigurationError for an invalid URL."""
         try:
             parts = urlsplit(url)
             self._host, self._port = parts.hostname or "", parts.port
@@ -107,7 +107,7 @@ class SchemaRegistry:
                 self._ask("PUT", f"/config/{_quoted(subject)}", {"compatibility": COMPATIBILITY})
 
     def ids(self) -> dict[str, int]:
-        """The id of each event type's schema, asked once. Raises ConfigurationError when one is not registered."""
+        """The id of each event type's schema, asked once. Raises ConfigurationError if one is not registered."""
         if self._ids is not None:
             return self._ids
         found = {event_type: self._id(event_type) for event_type in EVENT_TYPES}
@@ -149,7 +149,7 @@ class SchemaRegistry:
     def _ask(
         self, method: str, target: str, document: Mapping[str, str] | None = None, *, missing: bool = False
     ) -> dict[str, Any] | None:
-        """The answer; None for a 404 that may come (`missing`). Follows no redirect."""
+        """The answer; None for a 404 if `missing` allows it. Follows no redirects."""
         body = None if document is None else json.dumps(document)
         if self._tls is None:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=_ANSWER_SECONDS)

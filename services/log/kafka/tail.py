@@ -40,7 +40,7 @@ _DOING = "reading the log"
 
 
 class Reader:
-    """A read_committed consumer of partitions that it is given; used by one thread at a time. Every method blocks."""
+    """A read_committed consumer of given partitions, for one thread at a time. Every method blocks."""
 
     def __init__(
         self, kafka: KafkaSettings, starts: Mapping[int, int], cluster: Cluster, own: Mapping[str, int] | None = None
@@ -60,7 +60,7 @@ class Reader:
     def take(self, limit: int, timeout: float, *, headers: bool = False) -> list[Record]:
         """The available records, at most `limit`, after waiting at most `timeout` seconds for the first; see `records`.
 
-        Raises UnavailableError; CorruptError when the offset to read is not in the log; ConfigurationError.
+        Raises UnavailableError, ConfigurationError, and CorruptError if the offset to read is not in the log.
         """
         with self._reading():
             found: list[Record] = []
@@ -69,13 +69,13 @@ class Reader:
             return found
 
     def take_exactly(self, count: int, timeout: float) -> tuple[list[bytes | None], int]:
-        """Wait until `count` records are there, `timeout` seconds at most; fewer when the time is over.
+        """Wait for `count` records, `timeout` seconds at most. Fewer are returned once the time is over.
 
-        Their values, and the offset of the last (0 without any). Raises as `take`.
+        Returns their values, and the offset of the last (0 if there are none). Raises as `take`.
         """
         with self._reading():
             found: list[Message] = self._consumer.consume(count, timeout)
-            # Without a step of Python for each; a KafkaError cannot be compared with None, so `count` and `in` fail.
+            # Avoids a Python step for each. A KafkaError cannot be compared with None, so `count` and `in` fail.
             if any(map(Message.error, found)):
                 for message in found:
                     _checked(message)
@@ -85,20 +85,21 @@ class Reader:
             return values, _checked(found[-1]) if found else 0
 
     def reached(self) -> dict[int, int]:
-        """The offset to read next, by partition: after all records that were taken and the markers that follow."""
+        """The offset to read next, by partition: after all records that were taken, and the markers that follow."""
         with explaining(_DOING):
             return {**self._starts, **positions(self._consumer, self._parts)}
 
     def look_for_leaders(self, timeout: float) -> None:
-        """Ask any broker who leads the partitions, for `timeout` seconds at most. An answer that is older is ignored.
+        """Ask any broker who leads the partitions, for `timeout` seconds at most. Older answers are ignored.
 
-        The client asks by itself only every five minutes, and after an error. A deposed leader gives none.
+        By itself the client asks only every five minutes, and after an error. A deposed leader gives no error.
         """
         with suppress(KafkaException):
             self._consumer.list_topics(self._parts[0].topic, timeout)
 
     def offsets_for_transaction(self) -> tuple[list[TopicPartition], object]:
-        """Arguments for a producer's `send_offsets_to_transaction`: any offset, for a group that nobody joins."""
+        """Arguments for a producer's `send_offsets_to_transaction`: an arbitrary offset, for a group that nobody
+        joins."""
         return self._parts, self._consumer.consumer_group_metadata()
 
     @contextmanager
@@ -115,14 +116,14 @@ class Reader:
 
 
 _TAKEN_AT_ONCE = 100
-"""A message is about fifteen blocks of memory, as the client takes its headers apart. Two thousand are more than a
-processor's cache holds, and making and freeing them then takes three times as long."""
+"""A message takes about fifteen blocks of memory, because the client splits its headers. Two thousand messages exceed a
+processor's cache, and creating and freeing them then takes three times as long."""
 
 
 def take_messages(consumer: Consumer, limit: int, timeout: float) -> Iterator[list[Message]]:
-    """The first message that comes and all messages waiting after it, some at a time; `limit` in all.
+    """The first message that comes and all messages that wait behind it, in groups; at most `limit` in all.
 
-    `consume` alone would wait for the full number or the whole time.
+    `consume` alone would wait for the full number, or for the whole time.
     """
     wanted = 1
     while limit > 0 and (found := consumer.consume(wanted, timeout)):
@@ -132,9 +133,9 @@ def take_messages(consumer: Consumer, limit: int, timeout: float) -> Iterator[li
 
 
 def records(messages: Iterable[Message], framing: ConfluentFraming | None, *, headers: bool = False) -> list[Record]:
-    """The records, with values in single-object encoding. Raises an error among the messages as one of our tree.
+    """The records, with values in single-object encoding. An error among the messages is raised as one of ours.
 
-    They have times and headers if requested, or while this process makes spans.
+    Records have times and headers if requested, or while this process creates spans.
     """
     found = []
     headers = headers or tracing.tracer is not None
@@ -157,7 +158,7 @@ def _whole(record: Record, message: Message) -> Record:
 
 
 def _checked(message: Message) -> int:
-    """The offset of a message that is a record; an error is raised as an error of our tree."""
+    """The offset of a message that is a record. If it is an error, raises it as one of ours."""
     error = message.error()
     if error is not None:
         raise explained(error, _DOING)
@@ -168,7 +169,8 @@ def _checked(message: Message) -> int:
 
 
 def positions(consumer: Consumer, partitions: list[TopicPartition]) -> dict[int, int]:
-    """The consumer's positions where it has one: transaction markers move it, although they are no messages."""
+    """The consumer's positions, by partition, as far as it has them. Transaction markers move a position too, although
+    they are not messages."""
     return {p.partition: p.offset for p in places(consumer, partitions)}
 
 
@@ -178,17 +180,17 @@ def places(consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPa
 
 
 IDENTITY_SECONDS = 10.0
-"""How often a reader looks whether the topic is still the same one; it also does when it has come to its end."""
+"""How often a reader checks that the topic is still the same one. It also checks at the end of its reading."""
 
 PATIENCE_SECONDS = 30.0
-"""How long reading up to an end may make no progress; leaders are found anew, and brokers start, in less."""
+"""How long reading up to an end may make no progress. New leaders are found, and brokers start, in less time."""
 
 
 class Watch:
-    """Of one pass over the log. `took` is for the thread that reads, `check` for the event loop, by turns."""
+    """Watches one pass over the log. The reading thread calls `took`, the event loop `check`, in turn."""
 
     def __init__(self, identity: UUID, ask: Callable[[], Awaitable[UUID]]) -> None:
-        """`ask` says what the log's identity is now."""
+        """`ask` returns the log's current identity."""
         self._identity = identity
         self._ask = ask
         self._looked = time.monotonic()
@@ -196,17 +198,17 @@ class Watch:
         self._still = 0.0
 
     def took(self, reached: Mapping[int, int], seconds: float) -> None:
-        """Note how long reading took and how far it got. Only for reads to an end: elsewhere silence is normal."""
+        """Note how long reading took and how far it got. Only for reads up to an end: otherwise silence is normal."""
         self._still = self._still + seconds if reached == self._reached else 0.0
         self._reached = reached
 
     async def check(self, *, at_end: bool = False) -> None:
-        """Call it after every read, before anything of it is passed on.
+        """Call it after every read, before passing on what was read.
 
         Raises:
             LogIdentityError: the topic was deleted and created again meanwhile, so the records may be of either log.
             UnavailableError: nothing has come for PATIENCE_SECONDS, or the topic's identity is unknown.
-            ConfigurationError: the topic is gone.
+            ConfigurationError: the topic does not exist any more.
         """
         stuck = self._still > PATIENCE_SECONDS
         if at_end or stuck or time.monotonic() > self._looked + IDENTITY_SECONDS:
@@ -228,7 +230,8 @@ _BOUNDS = bounded(4 << 20, 64 << 10)
 """A process is a member of several groups."""
 
 _START_SECONDS = 30.0
-"""How long the projection may take to say where an assignment begins, or to fold what it has read before one ends."""
+"""How long the projection may take to decide where an assignment begins, or to fold what it has read before one
+ends."""
 
 _LOST = frozenset(
     {
@@ -245,7 +248,7 @@ _T = TypeVar("_T")
 
 
 class KafkaSubscription:
-    """See `Subscription`. One thread of its own makes every call to the consumer, callbacks included."""
+    """See `Subscription`. A dedicated thread makes every call to the consumer, including callbacks."""
 
     def __init__(
         self,
@@ -255,7 +258,7 @@ class KafkaSubscription:
         start_offsets: StartOffsets,
         settled: Settled | None = None,
     ) -> None:
-        """Must be made on the event loop, which `start_offsets` and `settled` then run on."""
+        """Must be created on the event loop, on which `start_offsets` and `settled` then run."""
         self._kafka = kafka
         self._cluster = cluster
         self._group = kafka.projector_group(projection)
@@ -266,7 +269,7 @@ class KafkaSubscription:
         self._consumer: Consumer | None = None
         self._reached: dict[int, int] = {}
         self._places: dict[int, TopicPartition] = {}
-        """Where this member read last, by partition, with the leader epoch of what lies before."""
+        """Where this member read last, by partition, with the leader epoch of the record before."""
         self._refused: ArtifactStoreError | None = None
 
     async def open(self) -> Self:
@@ -284,7 +287,7 @@ class KafkaSubscription:
         return frozenset(self._reached)
 
     async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
-        """See `Subscription`. Revoked partitions are left to their new owner. Raises UnavailableError."""
+        """See `Subscription`. Ignores revoked partitions: they belong to their new owner. Raises UnavailableError."""
         await self._run(lambda: self._commit(next_offsets, metadata))
 
     async def close(self) -> None:
@@ -360,7 +363,7 @@ class KafkaSubscription:
         return self._consumer
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Runs within a poll; an error here must not pass through the client, so the poll raises it later."""
+        """Runs within a poll. An error here must not pass through the client, so the poll raises it later."""
         try:
             starts = self._starts(partitions)
         except ArtifactStoreError as error:
@@ -377,14 +380,15 @@ class KafkaSubscription:
         self._reached.update(starts)
 
     def _place(self, partition: int, offset: int) -> TopicPartition:
-        """With the leader epoch, where it is known: the client then has the leader say that it holds the same log."""
+        """The place, with the leader epoch if it is known: the client then has the leader confirm that it holds the
+        same log."""
         place = self._places.get(partition)
         if place is not None and place.offset == offset:
             return place
         return TopicPartition(self._kafka.topic, partition, offset)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Runs within a poll or while closing; the partitions pass to others when it returns."""
+        """Runs within a poll or while closing. The partitions pass to others when it returns."""
         self._on_lost(consumer, partitions)
         if self._settled is not None and partitions:
             try:
@@ -397,7 +401,8 @@ class KafkaSubscription:
             self._reached.pop(p.partition, None)
 
     def _starts(self, partitions: list[TopicPartition]) -> dict[int, int]:
-        """Where to begin each. Also called without new partitions, to check whether the projection can go on."""
+        """Where to begin each partition. Also called without new partitions, to check that the projection can
+        continue."""
         numbers = [p.partition for p in partitions]
         asked = asyncio.run_coroutine_threadsafe(self._ask(numbers), self._loop)
         starts = asked.result(_START_SECONDS)

@@ -4,9 +4,9 @@ At the start, `check` refuses a topic that could lose events. While a process wr
 settings every few seconds for all of its writers, which ask the guard before each batch. When the cluster does not
 answer, the guard keeps what it knew.
 
-Times never decrease within a partition. One event by a clock that is a day ahead would give its time to all events of
-the next day, and retries of everything before it would no longer be answered. So this machine's clock is compared with
-the blob store's and with the partition's last event here, and with the brokers' by a setting of the topic.
+Times never decrease within a partition. One event from a clock that is a day ahead would give its time to all events of
+the next day, and retries of everything before it would no longer be answered. So this module compares this machine's
+clock with the blob store's and with the partition's last event; a setting of the topic compares it with the brokers'.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _FIXED = {
     "unclean.leader.election.enable": "false",
     "message.timestamp.type": "CreateTime",
 }
-"""What must be so, word for word: nothing is compacted or deleted, no acknowledged record lost to a stale replica."""
+"""Settings that must have exactly these values: nothing is compacted or deleted, and no acknowledged record is lost to
+a stale replica."""
 
 
 _NO_FRAMING = "86400000"
@@ -43,11 +44,11 @@ retries are answered. A gateway whose clock is further ahead cannot write."""
 
 
 def migrate(kafka: KafkaSettings, cluster: Cluster) -> Topic:
-    """Create the topic or check the one that is there; blocks. Raises as `check`.
+    """Create the topic, or check the existing one. Blocks. Raises as `check`.
 
-    A schema registry in the settings gets the schemas first, and a topic that is made then has Confluent's framing for
-    good. Earlier releases let events have any time: `migrate` corrects that, unless a partition already holds a future
-    time.
+    If the settings name a schema registry, the schemas are registered first, and a topic that is created then has
+    Confluent's framing permanently. Earlier releases let events have any time: `migrate` corrects that, unless a
+    partition already holds a future time.
     """
     _check_replication(kafka)
     registry = cluster.registry
@@ -63,18 +64,18 @@ def migrate(kafka: KafkaSettings, cluster: Cluster) -> Topic:
         }
     )
     if not created and needless(kafka, cluster, cluster.topic_settings()) is not None:
-        with suppress(ConfigurationError):  # without the right to change it, the guard says what an operator has to do
+        with suppress(ConfigurationError):  # without the right to change it, the guard tells operators what to do
             cluster.set_on_topic({TIMES_AHEAD: str(TIMES_AHEAD_MS)})
     return check(kafka, cluster)
 
 
 def check(kafka: KafkaSettings, cluster: Cluster, *, starting: bool = True) -> Topic:
-    """The start-up guard; blocks. A process that is no longer `starting` goes on if only the limit on times is too
-    wide.
+    """The check at the start; blocks. A process that is no longer `starting` continues if only the limit on times is
+    too wide.
 
     Raises:
-        ConfigurationError: the topic is missing, or could lose or has lost events, or the schema registry is not as
-            `migrate` leaves it; all causes, each with its remedy.
+        ConfigurationError: the topic is missing, or could lose or has lost events, or the schema registry differs from
+            the state that `migrate` leaves. Names all causes, each with its remedy.
         UnavailableError: the cluster or the registry cannot be reached.
     """
     _check_replication(kafka)
@@ -98,9 +99,9 @@ def hazards(kafka: KafkaSettings, topic: Topic, settings: Mapping[str, str]) -> 
 
 
 def losses(cluster: Cluster, topic: Topic) -> list[str]:
-    """What the topic has lost, with the remedy; blocks. Asks the leaders of all partitions.
+    """What the topic has lost, with the remedy. Blocks. Asks the leaders of all partitions.
 
-    Raises UnavailableError, and ConfigurationError when the topic or the right to see it is missing.
+    Raises UnavailableError, and ConfigurationError if the topic or the right to see it is missing.
     """
     lost = {p: offset for p, offset in cluster.earliest(range(topic.partitions)).items() if offset > 0}
     if not lost:
@@ -114,7 +115,7 @@ def losses(cluster: Cluster, topic: Topic) -> list[str]:
 
 
 def unfit(kafka: KafkaSettings, troubles: Sequence[str]) -> str:
-    """All of them in one sentence."""
+    """All troubles in one sentence."""
     return f"topic {kafka.topic} cannot be the log of record: " + "; ".join(troubles)
 
 
@@ -161,7 +162,7 @@ def _setting_troubles(kafka: KafkaSettings, settings: Mapping[str, str]) -> list
 
 
 def command(kafka: KafkaSettings, wanted: Mapping[str, str | int]) -> str:
-    """The command line of Kafka's own tool that gives the topic these settings."""
+    """The command line of Kafka's tool that gives the topic these settings."""
     change = ",".join(f"{name}={value}" for name, value in wanted.items())
     return (
         f"kafka-configs.sh --bootstrap-server {kafka.bootstrap} --alter --entity-type topics "
@@ -175,8 +176,9 @@ def times_ahead_ms(settings: Mapping[str, str]) -> int:
 
 
 def needless(kafka: KafkaSettings, cluster: Cluster, settings: Mapping[str, str]) -> str | None:
-    """The problem if events may have times further ahead than is needed to write to every partition; blocks. Does not
-    ask the cluster while the limit is the usual one. Raises as `hazards`.
+    """The problem, if events may have times further ahead than is needed to write to every partition. Blocks.
+
+    Does not ask the cluster while the limit is the usual one. Raises as `losses`.
     """
     if times_ahead_ms(settings) <= TIMES_AHEAD_MS:
         return None
@@ -199,10 +201,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class Guard:
-    """Belongs to one process. `look` is for one thread at a time, everything else for any."""
+    """Stops the writers of one process while the topic or a clock is wrong. `look` is for one thread at a time,
+    everything else for any."""
 
     def __init__(self, kafka: KafkaSettings, cluster: Cluster, clock: Clock, store: StoreClock | None = None) -> None:
-        """`clock` is this machine's, `store` that of the blob store, if it has one."""
+        """`clock` is this machine's, `store` the blob store's, if it has one."""
         self._kafka = kafka
         self._cluster = cluster
         self._clock = clock
@@ -215,7 +218,7 @@ class Guard:
 
     @property
     def trouble(self) -> str | None:
-        """Why this process may not write to any partition, and the remedy; None when nothing is wrong."""
+        """Why this process may not write to any partition, and the remedy; None if nothing is wrong."""
         return self._trouble or (None if self._store is None else self._store.trouble())
 
     @property
@@ -225,12 +228,12 @@ class Guard:
 
     @property
     def skew_seconds(self) -> float | None:
-        """How far this machine's clock is ahead of the blob store's (negative: behind); None when that is not known."""
+        """How far this machine's clock is ahead of the blob store's (negative: behind); None if that is unknown."""
         ahead = None if self._store is None else self._store.ahead()
         return None if ahead is None else ahead / _MICROS
 
     def look(self) -> None:
-        """Check the topic again; keeps the previous result when the cluster does not answer. Blocks. Never raises.
+        """Check the topic again; keep the previous result if the cluster does not answer. Blocks. Never raises.
 
         Any broker knows the settings, but only its leader knows the content of a partition. A leader that cannot be
         reached must not hide changed settings.
@@ -251,7 +254,7 @@ class Guard:
                 self._needless = too_free
 
     def _framing_changed(self, settings: Mapping[str, str]) -> list[str]:
-        """Trouble if the setting no longer names the values' framing: a process that starts would misread them."""
+        """The trouble if the setting no longer names the values' framing: a process that starts would misread them."""
         right = _NO_FRAMING if self._cluster.framing() is None else CONFLUENT
         if (settings.get(FRAMING) == CONFLUENT) == (right == CONFLUENT):
             return []
@@ -271,7 +274,7 @@ class Guard:
         self._trouble = unfit(self._kafka, troubles) if troubles else None
 
     def require(self, partition: int, last_created_at: int) -> None:
-        """Return if events may be appended now, after one of this time (µs). Does not block. Raises HeldError."""
+        """Return if events may be appended now, after an event of this time (µs). Does not block. Raises HeldError."""
         if (trouble := self.trouble) is not None:
             raise HeldError(trouble, own_clock=self._trouble is None)
         ahead = last_created_at / _MICROS - self._clock() / _MICROS
@@ -279,7 +282,7 @@ class Guard:
             raise HeldError(self._future(partition, last_created_at // _MICROS, ahead))
 
     def _future(self, partition: int, second: int, ahead: float) -> str:
-        # A whole hour more than is needed: brokers' clocks differ, and the operator takes a while.
+        # One hour more than needed: brokers' clocks differ, and the operator takes a while.
         needed = {TIMES_AHEAD: (int(ahead // 3600) + 2) * 3_600_000}
         usual = {TIMES_AHEAD: TIMES_AHEAD_MS}
         until = datetime.fromtimestamp(second, UTC).isoformat()
