@@ -35,7 +35,13 @@ from artifact_store.archives.bundle import (
     StreamedFile,
 )
 from artifact_store.byte_streams import joined
-from artifact_store.errors import ContentMismatchError, CorruptError, TooLargeError, UnknownContentError
+from artifact_store.errors import (
+    ContentMismatchError,
+    CorruptError,
+    TooLargeError,
+    UnavailableError,
+    UnknownContentError,
+)
 from artifact_store.manifest import ContentAddress, content_key
 from artifact_store.models import Declared
 from services.blobs.intake import (
@@ -257,6 +263,9 @@ SHARED_PACK_BYTES = 4 * MIB
 PACKS_AT_ONCE = 2
 """How many packs of a retention class are stored at a time; further bodies gather meanwhile."""
 
+HOPELESS_SECONDS = 10.0
+"""When a pack fails after as long, the store hangs: bodies that wait behind the pack would wait as long once more."""
+
 SALT_BYTES = 32
 """Random bytes at the end of a pack of several bodies."""
 
@@ -338,11 +347,16 @@ class SharedPacks:
 
     async def _store(self, pack: _Pack, lane: _Lane) -> None:
         """A separate task, so that a sender that disconnects does not affect the others."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
         try:
             stored = await self._blobs.store_bytes(*await pack.content())
         # The whole pack failed, so every sender gets the error.
         except BaseException as error:
             pack.fail(error)
+            if isinstance(error, UnavailableError) and clock() - began >= HOPELESS_SECONDS:
+                while (next_one := _Pack.of(lane.waiting, self._pack_bytes)) is not None:
+                    next_one.fail(error)
             if not isinstance(error, Exception):
                 raise
         else:

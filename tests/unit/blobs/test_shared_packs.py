@@ -240,6 +240,22 @@ async def test_a_pack_that_cannot_be_stored_fails_for_all_of_it_and_for_no_later
     assert await got(store, await put(packs, b"later")) == b"later"
 
 
+async def test_what_waits_behind_a_pack_for_which_the_store_hung_does_not_wait_as_long_again(
+    store: HeldStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.blobs.packs.HOPELESS_SECONDS", 0.0)
+    packs = SharedPacks(store, at_once=1)
+    store.failure = UnavailableError("the store gave no answer in time")
+    with store.held():
+        first = put(packs, b"first")
+        await store.asked(1)
+        later = [put(packs, data) for data in bodies(10)]
+        await asyncio.sleep(0)
+    for outcome in await asyncio.gather(first, *later, return_exceptions=True):
+        assert outcome is store.failure
+    assert store.packs == [b"first"]
+
+
 async def test_a_pack_has_a_bounded_size(store: HeldStore) -> None:
     packs = SharedPacks(store, pack_bytes=1_000)
     many = [bytes([number]) * 400 for number in range(5)] + [bytes(3_000)]
