@@ -23,8 +23,8 @@ from artifact_store.errors import InvalidRequestError, PushBackError, Unavailabl
 from artifact_store.models import Acknowledgement
 from artifact_store.rules import MAX_NUMBER, check_text, parse_number
 from ingest_gateway.peers.authentication import PeerCredentials
-from services.core.access import EVERYTHING, Grants
-from services.core.decide import Command, CreatePackage, may_answer, require_write
+from services.core.access import EVERYTHING
+from services.core.decide import Command, CreatePackage, IngestCheck, may_answer, require_write
 from services.core.wire import (
     LAST_TIME,
     OLDEST,
@@ -38,7 +38,6 @@ from services.core.wire import (
 )
 from services.log.port import PackageExtent, PartitionStatus
 from services.log.records import AcceptLoss, Confirmation, SkipRecord
-from services.log.sequencer.queue import IngestCheck
 from services.runtime import tracing
 from services.runtime.tracing import TRACEPARENT
 
@@ -141,20 +140,13 @@ class HttpForwarder:
         # Even the first answer has all fields that both releases know, although the command was in the oldest version.
         return await decoded(_acknowledgement_of, answer, command, self._versions.get(owner_url, OLDEST))
 
-    async def check_ingest(
-        self,
-        owner_url: str,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str | None:
+    async def check_ingest(self, owner_url: str, asked: IngestCheck) -> str | None:
         """See `Forwarder`. Raises PushBackError as `submit`."""
-        asked = IngestCheck(package_id, relative_paths, command_id, grants, principal)
         with self._place(owner_url):
             version = await self._version_for(owner_url, asked)
-            body = encode_check(package_id, relative_paths, command_id, grants, principal, version)
+            body = encode_check(
+                asked.package_id, asked.relative_paths, asked.command_id, asked.grants, asked.principal, version
+            )
             answer = await self._post(owner_url, CHECKS_PATH, body, version)
         return decode_class(answer)
 

@@ -45,8 +45,7 @@ from ingest_gateway.peers.forwarding import (
     kind_of,
 )
 from services.config import Settings
-from services.core.access import EVERYTHING, Grants
-from services.core.decide import Command
+from services.core.decide import Command, IngestCheck
 from services.core.wire import VERSION, decode_check, decode_command, encode_acknowledgement, encode_error
 from services.identity.audit import Audit
 from services.log.kafka.connection import INTERFACE
@@ -75,14 +74,7 @@ class Here(Protocol):
     async def submit_here(self, command: Command) -> Acknowledgement:
         """As `CommandWriter.submit`; raises PartitionNotOwnedError if this process is not the owner."""
 
-    async def check_ingest_here(
-        self,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str:
+    async def check_ingest_here(self, asked: IngestCheck) -> str:
         """As `CommandWriter.check_ingest`; raises PartitionNotOwnedError if this process is not the owner."""
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
@@ -202,7 +194,7 @@ class InternalListener:
         async def carry_out(here: Here, body: bytes) -> bytes:
             with _of_another_release():
                 asked = await decoded(decode_check, body)
-            return (await here.check_ingest_here(*asked)).encode()
+            return (await here.check_ingest_here(IngestCheck(*asked))).encode()
 
         return await self._answer(request, carry_out)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 from uuid import UUID
 
 from artifact_store.canonical import is_jcs_object
@@ -134,6 +133,17 @@ class FinalizePackage:
 Command = CreatePackage | IngestFiles | FinalizePackage
 
 
+@dataclass(frozen=True, slots=True)
+class IngestCheck:
+    """Asks whether files with these paths could be ingested now. Rights are those that the command would have."""
+
+    package_id: UUID
+    relative_paths: Sequence[str]
+    command_id: UUID | None
+    grants: Grants = EVERYTHING
+    principal: str | None = None
+
+
 def decide(state: PackageState | None, command: Command | IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
     """Return the events that the command becomes. `now` is in µs since 1970, not before the partition's last event.
 
@@ -161,23 +171,7 @@ def decide(state: PackageState | None, command: Command | IngestTogether, now: i
     return _ingest(opened, [command], done, now, limits)
 
 
-class Authorized(Protocol):
-    """A command or a question that concerns a package, with its sender's rights."""
-
-    @property
-    def package_id(self) -> UUID:
-        """The package that it concerns."""
-
-    @property
-    def grants(self) -> Grants:
-        """The sender's rights."""
-
-    @property
-    def principal(self) -> str | None:
-        """The sender, if they act in another's name."""
-
-
-def require_write(state: PackageState | None, asked: Authorized) -> None:
+def require_write(state: PackageState | None, asked: Command | IngestCheck) -> None:
     """Raise unless the sender may write to the package and, if they act in another's name, may delegate.
 
     Raises:

@@ -15,8 +15,7 @@ from artifact_store.errors import PushBackError, UnavailableError
 from artifact_store.events import RecordedEvent
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
-from services.core.access import EVERYTHING, Grants
-from services.core.decide import Command
+from services.core.decide import Command, IngestCheck
 from services.runtime.clock import StoreClock
 
 
@@ -232,18 +231,8 @@ class CommandWriter(Protocol):
             UnavailableError: the outcome is unknown; retry with the same command id.
         """
 
-    async def check_ingest(
-        self,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str | None:
-        """Ask the package's writer whether files with these paths could be ingested now.
-
-        `grants` and `principal` are those that the command would have. Returns the package's retention class; None if
-        the writer's release does not tell it.
+    async def check_ingest(self, asked: IngestCheck) -> str | None:
+        """Ask the package's writer. Returns the package's retention class; None if the writer's release tells none.
 
         Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
         """
@@ -400,13 +389,5 @@ class Forwarder(Protocol):
     async def extent(self, owner_url: str, package_id: UUID) -> PackageExtent | None:
         """As `CommandWriter.extent`, at the owner. Raises UnavailableError if that does not answer or is no owner."""
 
-    async def check_ingest(
-        self,
-        owner_url: str,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str | None:
+    async def check_ingest(self, owner_url: str, asked: IngestCheck) -> str | None:
         """As `CommandWriter.check_ingest`, at the owner. Raises PartitionNotOwnedError if it is no longer the owner."""

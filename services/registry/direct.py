@@ -52,7 +52,7 @@ from services.blobs.port import BlobStore, StoredBlob
 from services.blobs.resumable.uploads import ResumableUploads
 from services.blobs.verified_reads import Place
 from services.core.access import EVERYTHING, EVERYWHERE, Grants, Principal, Right, Scope
-from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestCheck, IngestFiles, Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
 from services.registry.origins import Origins, ScopedFilter, find_origins, in_order_of_time, position_of
@@ -260,10 +260,10 @@ class DirectRegistry(Registry):
         self, package_id: UUID, relative_path: str, command_id: UUID | None, principal: str | None
     ) -> None:
         check_path(relative_path)
-        await self._writer.check_ingest(package_id, [relative_path], command_id, self._grants, principal)
+        await self._writer.check_ingest(IngestCheck(package_id, [relative_path], command_id, self._grants, principal))
 
     async def _ask_writer(self, package_id: UUID, paths: Sequence[str], command_id: UUID | None) -> str | None:
-        return await self._writer.check_ingest(package_id, paths, command_id, self._grants, self.principal)
+        return await self._writer.check_ingest(IngestCheck(package_id, paths, command_id, self._grants, self.principal))
 
     async def ingest(
         self,
@@ -619,7 +619,7 @@ class DirectRegistry(Registry):
         if self._grants is EVERYTHING:
             return True
         try:
-            await self._writer.check_ingest(package_id, [], None, self._grants)
+            await self._writer.check_ingest(IngestCheck(package_id, [], None, self._grants))
         except (PackageNotFoundError, ForbiddenError):
             return False
         except ConflictError:

@@ -14,7 +14,7 @@ from artifact_store.errors import PushBackError, UnavailableError
 from artifact_store.events import Event, RecordedEvent
 from artifact_store.models import Acknowledgement
 from services.config import Settings
-from services.core.decide import Command
+from services.core.decide import Command, IngestCheck
 from services.log.port import CommandWriter, Log, PutManifest, Record, Settled, Subscription
 from services.runtime.clock import Clock, system_clock
 from services.wiring import open_log, open_writer
@@ -76,7 +76,7 @@ async def settled(writer: CommandWriter, command: Command) -> Acknowledgement:
 
 async def checked(writer: CommandWriter, package_id: UUID, *paths: str, command_id: UUID | None = None) -> str | None:
     """Ask whether the paths could be ingested, as a good client does; the package's retention class."""
-    return await _retried(lambda: writer.check_ingest(package_id, paths, command_id))
+    return await _retried(lambda: writer.check_ingest(IngestCheck(package_id, paths, command_id)))
 
 
 async def ready(writer: CommandWriter) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
-from services.core.decide import Command, Limits
+from services.core.decide import Command, IngestCheck, Limits
 from services.log.sequencer import queue
 from services.log.sqlite import SqliteLog, SqliteWriter, file
 from services.log.sqlite.driver import PackageStates, SqliteDriver
@@ -162,7 +162,7 @@ async def test_a_process_that_holds_the_file_pushes_others_back_without_a_trace(
     with pytest.raises(PushBackError):
         await writer.submit(ingest(made.package_id, "a"))
     # Questions do not wait for the lock.
-    await writer.check_ingest(made.package_id, ["a"], None)
+    await writer.check_ingest(IngestCheck(made.package_id, ["a"], None))
     held.release()
 
     assert len(await read_valid(log)) == 1

@@ -30,7 +30,7 @@ from schemas.codec import decode, encode
 from schemas.headers import headers
 from schemas.runs import encode_all
 from services.config import Settings
-from services.core.decide import Command, FinalizePackage, IngestFiles, IngestTogether, Limits, decide
+from services.core.decide import Command, FinalizePackage, IngestCheck, IngestFiles, IngestTogether, Limits, decide
 from services.log.kafka import KafkaLog, KafkaWriter, driver
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.driver import PartitionLease
@@ -253,11 +253,11 @@ async def test_a_refusal_is_never_given_on_a_state_that_another_has_moved_on(kaf
         await ready(writer)
         made = create_in(2)
         with pytest.raises(PackageNotFoundError):
-            await writer.check_ingest(made.package_id, ["a"], None)
+            await writer.check_ingest(IngestCheck(made.package_id, ["a"], None))
         rival = await take_over(kafka, log, 2)
         await asyncio.to_thread(carry_out, rival, made)
         await asyncio.to_thread(rival.close)
-        await writer.check_ingest(made.package_id, ["a"], None)
+        await writer.check_ingest(IngestCheck(made.package_id, ["a"], None))
         done = [(made, await writer.submit(made))]
         ended = FinalizePackage(made.package_id, uuid4(), "ada")
         done_too = [(ended, await writer.submit(ended))]
@@ -272,11 +272,11 @@ async def test_a_refusal_is_never_given_on_what_a_deposed_leader_says_of_the_end
         await ready(writer)
         made = create_in(2)
         with pytest.raises(PackageNotFoundError):
-            await writer.check_ingest(made.package_id, ["a"], None)
+            await writer.check_ingest(IngestCheck(made.package_id, ["a"], None))
         rival = await take_over(kafka, log, 2)
         await asyncio.to_thread(carry_out, rival, made)
         await asyncio.to_thread(rival.close)
-        await writer.check_ingest(made.package_id, ["a"], None)
+        await writer.check_ingest(IngestCheck(made.package_id, ["a"], None))
 
 
 async def test_a_reader_does_not_stop_for_what_a_deposed_leader_says_of_the_end(kafka: Settings, log: KafkaLog) -> None:
@@ -347,7 +347,7 @@ async def test_refusals_add_nothing_to_the_log_and_share_their_proofs(
         async def refused() -> None:
             for _ in range(20):
                 with pytest.raises(PackageNotFoundError):
-                    await writer.check_ingest(create_in(1).package_id, ["a"], None)
+                    await writer.check_ingest(IngestCheck(create_in(1).package_id, ["a"], None))
 
         await asyncio.gather(*(refused() for _ in range(20)))
         assert await log.end() == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +20,7 @@ from artifact_store.position import Position
 from projector import runner
 from schemas.codec import decode
 from services.config import Settings
-from services.core.access import EVERYTHING, Grants
-from services.core.decide import Command, IngestFiles, Limits
+from services.core.decide import Command, IngestCheck, IngestFiles, Limits
 from services.log.kafka.connection import partition_of
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.writer import KafkaWriter
@@ -277,7 +276,9 @@ class Gateway:
         if self.writer is None:
             raise UnavailableError("the gateway is starting")
         paths = [file.relative_path for file in command.files]
-        await self.writer.check_ingest(command.package_id, paths, command.command_id, command.grants, command.principal)
+        await self.writer.check_ingest(
+            IngestCheck(command.package_id, paths, command.command_id, command.grants, command.principal)
+        )
 
 
 async def _stored(manifest: bytes) -> None:
@@ -336,17 +337,8 @@ class Forwarding:
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
         return await self._at(owner_url, lambda writer: writer.submit_here(command))
 
-    async def check_ingest(
-        self,
-        owner_url: str,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str | None:
-        asked = package_id, relative_paths, command_id, grants, principal
-        return await self._at(owner_url, lambda writer: writer.check_ingest_here(*asked))
+    async def check_ingest(self, owner_url: str, asked: IngestCheck) -> str | None:
+        return await self._at(owner_url, lambda writer: writer.check_ingest_here(asked))
 
     async def end(self, owner_url: str, partition: int) -> int | None:
         return await self._at(owner_url, lambda writer: writer.end_here(partition))

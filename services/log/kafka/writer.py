@@ -39,8 +39,7 @@ from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from artifact_store.rules import is_loopback
 from services.config import Settings
-from services.core.access import EVERYTHING, Grants
-from services.core.decide import Command, Limits
+from services.core.decide import Command, IngestCheck, Limits
 from services.log.kafka.cluster import Member, Topic
 from services.log.kafka.connection import READS_PRINCIPALS, partition_of
 from services.log.kafka.driver import KafkaDriver
@@ -60,7 +59,7 @@ from services.log.port import (
 )
 from services.log.records import Confirmation
 from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext
-from services.log.sequencer.queue import Counts, EndQuestion, IngestCheck, in_doubt, size_of
+from services.log.sequencer.queue import Counts, EndQuestion, in_doubt, size_of
 from services.log.state.restore import ExposedFolderError, States, require_own_folder
 from services.log.state.snapshots import Snapshots
 from services.log.state.state_file import StateFileError
@@ -201,18 +200,10 @@ class KafkaWriter:
         partition = self._partition_of(command.package_id)
         return cast("Acknowledgement", await self._router.answer(partition, command))
 
-    async def check_ingest(
-        self,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str | None:
+    async def check_ingest(self, asked: IngestCheck) -> str | None:
         """See `CommandWriter`. Raises PushBackError as `submit`."""
-        asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants, principal)
         await self._require_readers(asked)
-        return cast("str | None", await self._router.answer(self._partition_of(package_id), asked))
+        return cast("str | None", await self._router.answer(self._partition_of(asked.package_id), asked))
 
     async def _require_readers(self, asked: Command | IngestCheck) -> None:
         """Return if every process of the installation can read the events that this would become.
@@ -281,17 +272,9 @@ class KafkaWriter:
         partition = self._partition_of(command.package_id)
         return cast("Acknowledgement", await self._router.answer_here(partition, command))
 
-    async def check_ingest_here(
-        self,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str:
+    async def check_ingest_here(self, asked: IngestCheck) -> str:
         """As `check_ingest`, but raises PartitionNotOwnedError if this process is not the partition's writer."""
-        asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants, principal)
-        return cast("str", await self._router.answer_here(self._partition_of(package_id), asked))
+        return cast("str", await self._router.answer_here(self._partition_of(asked.package_id), asked))
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         """Record an operator's confirmation for a partition of this process. A repeat gets the same answer.
@@ -608,9 +591,7 @@ def _asking(forwarder: Forwarder, url: str, partition: int, asked: Command | Ing
     if isinstance(asked, EndQuestion):
         return forwarder.end(url, partition)
     if isinstance(asked, IngestCheck):
-        return forwarder.check_ingest(
-            url, asked.package_id, asked.relative_paths, asked.command_id, asked.grants, asked.principal
-        )
+        return forwarder.check_ingest(url, asked)
     return forwarder.submit(url, asked)
 
 

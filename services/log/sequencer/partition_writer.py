@@ -39,6 +39,7 @@ from schemas.identifiers import partition_id
 from schemas.runs import encode_all, first_of
 from services.core.decide import (
     Command,
+    IngestCheck,
     IngestFiles,
     IngestTogether,
     Limits,
@@ -66,7 +67,6 @@ from services.log.sequencer.queue import (
     Counts,
     Deadlines,
     EndQuestion,
-    IngestCheck,
     Outcome,
     Request,
     RequestQueue,

@@ -31,8 +31,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
-from services.core.access import EVERYTHING, Grants
-from services.core.decide import Command, CreatePackage, IngestFiles
+from services.core.decide import Command, CreatePackage, IngestCheck, IngestFiles
 from services.log.port import HeldError, NotAppendedError, PartitionNotOwnedError
 from services.runtime.tracing import Span
 
@@ -64,18 +63,6 @@ FAILURES_BEFORE_ALONE = 2
 """After this many failed transactions with others, a command gets a transaction of its own."""
 
 _EVENT_BYTES = 1_500
-
-
-@dataclass(frozen=True, slots=True)
-class IngestCheck:
-    """Asks whether files with these paths could be ingested now."""
-
-    package_id: UUID
-    relative_paths: Sequence[str]
-    command_id: UUID | None
-    grants: Grants = EVERYTHING
-    principal: str | None = None
-    """The sender, if it would send them in another's name; see `services.core.decide`."""
 
 
 class EndQuestion(IngestCheck):

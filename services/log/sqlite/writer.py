@@ -16,11 +16,10 @@ from uuid import UUID
 from artifact_store.errors import ConflictError, UnavailableError
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
-from services.core.access import EVERYTHING, Grants
-from services.core.decide import Command, Limits
+from services.core.decide import Command, IngestCheck, Limits
 from services.log.port import PackageExtent, PartitionStatus, PutManifest, Record
 from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext
-from services.log.sequencer.queue import Counts, IngestCheck
+from services.log.sequencer.queue import Counts
 from services.log.sqlite.driver import SqliteDriver
 from services.log.sqlite.file import PARTITION, create_file, decoded, end_offset, file_errors, open_file, write_lock
 from services.runtime.clock import Clock, system_clock
@@ -60,16 +59,8 @@ class SqliteWriter:
         """See `CommandWriter`."""
         return cast("Acknowledgement", await self._started().submit(command))
 
-    async def check_ingest(
-        self,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str:
+    async def check_ingest(self, asked: IngestCheck) -> str:
         """See `CommandWriter`."""
-        asked = IngestCheck(package_id, relative_paths, command_id, grants, principal)
         return cast("str", await self._started().submit(asked))
 
     def announce(self, package_id: UUID) -> None:

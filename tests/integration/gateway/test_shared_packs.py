@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -18,6 +17,7 @@ from artifact_store.events import FileIngested
 from artifact_store.models import Declared
 from services.blobs.packs import SALT_BYTES
 from services.config import Settings
+from services.core.decide import IngestCheck
 from services.verify import Report, verify
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.processes import output_of
@@ -125,9 +125,9 @@ async def test_the_writer_is_not_asked_about_each_small_file(
         writer, asked = gateway.parts.writer, list[tuple[UUID, str]]()
         check = writer.check_ingest
 
-        async def noted(package_id: UUID, relative_paths: Sequence[str], *more: Any) -> str | None:
-            asked.append((package_id, relative_paths[0]))
-            return await check(package_id, relative_paths, *more)
+        async def noted(question: IngestCheck) -> str | None:
+            asked.append((question.package_id, question.relative_paths[0]))
+            return await check(question)
 
         monkeypatch.setattr(writer, "check_ingest", noted)
         package, other = [

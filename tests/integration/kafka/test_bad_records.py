@@ -28,7 +28,7 @@ from artifact_store.errors import (
 from artifact_store.models import Acknowledgement
 from schemas.codec import decode, encode
 from services.config import SecretStr, Settings
-from services.core.decide import Command
+from services.core.decide import Command, IngestCheck
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.connection import make_consumer
 from services.log.port import Record
@@ -297,7 +297,7 @@ async def test_a_contradicted_package_takes_no_more_events_and_others_go_on(
                 with pytest.raises(PackageQuarantinedError, match="contradicts"):
                     await writer.submit(refused)
             with pytest.raises(PackageQuarantinedError):
-                await writer.check_ingest(made.package_id, ["b"], None)
+                await writer.check_ingest(IngestCheck(made.package_id, ["b"], None))
             assert await writer.submit(ingested) == recorded, "what was recorded is answered as before"
             assert (await writer.submit(ingest(other.package_id, "a"))).sequence == 2
 

@@ -25,7 +25,15 @@ from artifact_store.models import Acknowledgement
 from services.config import Settings
 from services.core import decide as core
 from services.core.access import Grant, Right
-from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether, Limits
+from services.core.decide import (
+    Command,
+    CreatePackage,
+    FinalizePackage,
+    IngestCheck,
+    IngestFiles,
+    IngestTogether,
+    Limits,
+)
 from services.core.state import PackageState
 from services.log.kafka import KafkaLog, KafkaWriter, driver
 from services.log.port import PartitionNotOwnedError
@@ -62,7 +70,7 @@ async def test_gateways_share_the_partitions_and_take_each_other_s_commands(kafk
             added = IngestFiles(made.package_id, uuid4(), "ada", (stored("a"), stored("b")))
             ended = FinalizePackage(made.package_id, uuid4(), "ada")
             done += [(made, await first.submit(made))]
-            await second.check_ingest(made.package_id, ["a"], None)
+            await second.check_ingest(IngestCheck(made.package_id, ["a"], None))
             done += [(added, await second.submit(added)), (ended, await first.submit(ended))]
             for writer in (one, two):
                 assert await writer.submit(made) == done[-3][1]
@@ -79,14 +87,14 @@ async def test_refusals_are_the_same_wherever_they_are_asked_for(kafka: Settings
             await one.submit(IngestFiles(made.package_id, uuid4(), "ada", (stored("a"),)))
             for writer in (one, two):
                 with pytest.raises(DuplicateRelativePathError):
-                    await writer.check_ingest(made.package_id, ["a"], None)
+                    await writer.check_ingest(IngestCheck(made.package_id, ["a"], None))
                 with pytest.raises(PackageNotFoundError):
                     await writer.submit(FinalizePackage(unknown.package_id, uuid4(), "ada"))
                 # And so are those of senders who may not write to the package, or not even know of it.
                 for right, refusal in ((Right.READ, ForbiddenError), (Right.OPERATE, PackageNotFoundError)):
                     grants = (Grant(frozenset({right})),)
                     with pytest.raises(refusal):
-                        await writer.check_ingest(made.package_id, ["b"], None, grants)
+                        await writer.check_ingest(IngestCheck(made.package_id, ["b"], None, grants))
                     with pytest.raises(refusal):
                         await writer.submit(FinalizePackage(made.package_id, uuid4(), "ada", grants))
                     with pytest.raises(ForbiddenError):

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import json
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -40,7 +40,7 @@ from schemas.identifiers import file_id
 from services.config import SecretStr, Settings
 from services.core import wire
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
-from services.core.decide import Command, CreatePackage, FinalizePackage
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestCheck
 from services.core.wire import decode_error, encode_command
 from services.identity.audit import Audit
 from services.log.kafka.connection import INTERFACE
@@ -98,16 +98,9 @@ class Answering:
             raise self.refusal
         return replace(answer_to(command, b"m" * 32), unportable_count=self.unportable_count)
 
-    async def check_ingest_here(
-        self,
-        package_id: UUID,
-        relative_paths: Sequence[str],
-        command_id: UUID | None,
-        grants: Grants = EVERYTHING,
-        principal: str | None = None,
-    ) -> str:
-        self.seen.append((package_id, list(relative_paths), command_id))
-        self.grants, self.principal = grants, principal
+    async def check_ingest_here(self, asked: IngestCheck) -> str:
+        self.seen.append((asked.package_id, list(asked.relative_paths), asked.command_id))
+        self.grants, self.principal = asked.grants, asked.principal
         if self.refusal is not None:
             raise self.refusal
         return "raw-evidence"
@@ -154,7 +147,9 @@ async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
     command = ingest(create().package_id, "a", "b")
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         answer = await forwarder.submit(listener.url, command)
-        assert await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None) == "raw-evidence"
+        assert (
+            await forwarder.check_ingest(listener.url, IngestCheck(command.package_id, ["ä"], None)) == "raw-evidence"
+        )
     assert answer == answer_to(command)
     assert writer.seen == [command, (command.package_id, ["ä"], None)]
 
@@ -248,7 +243,7 @@ async def test_two_gateways_use_the_newest_version_that_both_know(
 async def test_the_owner_learns_what_the_sender_may_do(listener: InternalListener, writer: Answering) -> None:
     command = replace(ingest(create().package_id, "a"), grants=TEAM)
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
-        await forwarder.check_ingest(listener.url, command.package_id, ["a"], None, TEAM)
+        await forwarder.check_ingest(listener.url, IngestCheck(command.package_id, ["a"], None, TEAM))
         assert writer.grants == TEAM
         await forwarder.submit(listener.url, command)
     assert writer.seen[-1] == command
@@ -262,7 +257,7 @@ async def test_an_owner_that_cannot_check_gets_no_command_that_it_would_have_to_
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         for ask in (
             lambda: forwarder.submit(listener.url, replace(ingest(made.package_id, "a"), grants=TEAM)),
-            lambda: forwarder.check_ingest(listener.url, made.package_id, ["a"], None, TEAM),
+            lambda: forwarder.check_ingest(listener.url, IngestCheck(made.package_id, ["a"], None, TEAM)),
         ):
             with pytest.raises(PushBackError, match="upgrade all gateways"):
                 await ask()
@@ -280,7 +275,7 @@ async def test_the_owner_learns_who_sends_a_command_in_the_name_of_another(
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         await forwarder.submit(listener.url, command)
         assert writer.seen == [command]
-        await forwarder.check_ingest(listener.url, command.package_id, ["a"], None, EVERYTHING, "ci:bot")
+        await forwarder.check_ingest(listener.url, IngestCheck(command.package_id, ["a"], None, EVERYTHING, "ci:bot"))
         assert writer.principal == "ci:bot"
     writer.seen.clear()
     # An owner that would record the command without its sender gets none.
@@ -290,7 +285,9 @@ async def test_the_owner_learns_who_sends_a_command_in_the_name_of_another(
             with pytest.raises(PushBackError, match="upgrade all gateways"):
                 await forwarder.submit(listener.url, delegated)
         with pytest.raises(PushBackError, match="upgrade all gateways"):
-            await forwarder.check_ingest(listener.url, command.package_id, ["a"], None, EVERYTHING, "ci:bot")
+            await forwarder.check_ingest(
+                listener.url, IngestCheck(command.package_id, ["a"], None, EVERYTHING, "ci:bot")
+            )
         assert writer.seen == []
         await forwarder.submit(listener.url, replace(command, principal=None))
     assert writer.seen == [replace(command, principal=None)]
@@ -326,7 +323,7 @@ async def test_a_refusal_comes_back_as_what_it_was(
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         for ask in (
             forwarder.submit(listener.url, create()),
-            forwarder.check_ingest(listener.url, create().package_id, ["a"], None),
+            forwarder.check_ingest(listener.url, IngestCheck(create().package_id, ["a"], None)),
         ):
             with pytest.raises(type(refusal)) as refused:
                 await ask
@@ -351,7 +348,7 @@ async def test_without_the_secret_nothing_is_carried_out(
         with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
             await forwarder.submit(listener.url, create())
         with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
-            await forwarder.check_ingest(listener.url, create().package_id, ["a"], None)
+            await forwarder.check_ingest(listener.url, IngestCheck(create().package_id, ["a"], None))
     assert writer.seen == []
 
 
@@ -524,7 +521,7 @@ async def test_a_process_that_does_not_answer_takes_no_more_than_half_of_what_ma
         with pytest.raises(PushBackError):
             await forwarder.submit(listener.url, create())
         with pytest.raises(PushBackError):
-            await forwarder.check_ingest(listener.url, create().package_id, ["a"], None)
+            await forwarder.check_ingest(listener.url, IngestCheck(create().package_id, ["a"], None))
         assert len(await forwarder.status(listener.url)) == len(OWNED)
         assert len(waiting.seen) == 2, "what is pushed back was not sent"
         with pytest.raises(UnavailableError):

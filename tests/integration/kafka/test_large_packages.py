@@ -16,7 +16,15 @@ from artifact_store.events import PACKAGE_FINALIZED, PackageFinalized
 from artifact_store.manifest import content_key, manifest_digest
 from artifact_store.models import Acknowledgement
 from services.config import Settings
-from services.core.decide import EVENT_OVERHEAD_BYTES, Command, CreatePackage, FinalizePackage, IngestFiles, Limits
+from services.core.decide import (
+    EVENT_OVERHEAD_BYTES,
+    Command,
+    CreatePackage,
+    FinalizePackage,
+    IngestCheck,
+    IngestFiles,
+    Limits,
+)
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.driver import PartitionLease
 from services.log.sequencer import background
@@ -124,7 +132,7 @@ async def test_the_partition_goes_on_while_a_manifest_is_stored_and_the_packages
         more = IngestFiles(made.package_id, uuid4(), "ada", (stored("too late"),))
         late = [
             asyncio.ensure_future(writer.submit(more)),
-            asyncio.ensure_future(writer.check_ingest(made.package_id, ["too late"], None)),
+            asyncio.ensure_future(writer.check_ingest(IngestCheck(made.package_id, ["too late"], None))),
             asyncio.ensure_future(writer.submit(replace(end, command_id=uuid4()))),
         ]
         neighbours = [done for _ in range(5) for done in await small_package(writer)]
@@ -224,7 +232,9 @@ async def test_requests_for_a_package_that_is_finalized_are_pushed_back_when_the
         made, _ = await filled(writer)
         finalizing = asyncio.ensure_future(writer.submit(ending(made)))
         await store.was_asked()
-        late = [asyncio.ensure_future(writer.check_ingest(made.package_id, [f"{n}"], None)) for n in range(50)]
+        late = [
+            asyncio.ensure_future(writer.check_ingest(IngestCheck(made.package_id, [f"{n}"], None))) for n in range(50)
+        ]
         await small_package(writer)
         refused = [task for task in late if task.done()]
         store.open.set()

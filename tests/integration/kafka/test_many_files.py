@@ -26,7 +26,7 @@ from artifact_store.transfers.pull import pull, read_manifest
 from schemas.runs import StoredFile
 from services.blobs.port import StoredBlob
 from services.config import Settings
-from services.core.decide import INLINE_MANIFEST_BYTES, Command, FinalizePackage, IngestFiles
+from services.core.decide import INLINE_MANIFEST_BYTES, Command, FinalizePackage, IngestCheck, IngestFiles
 from services.core.state import FINALIZED
 from services.log.port import CommandWriter
 from services.log.state import partition_state as state
@@ -161,7 +161,7 @@ async def finalized(kafka: Settings, files: int, destination: Path | None = None
         with Standstill() as machine:
             moment = began = time.monotonic()
             with pytest.raises(DuplicateRelativePathError):
-                await writer.check_ingest(package_id, ["000000.txt"], None)
+                await writer.check_ingest(IngestCheck(package_id, ["000000.txt"], None))
             reading = time.monotonic() - began
             end = FinalizePackage(package_id, uuid4(), "ada")
             began, processor = time.monotonic(), time.process_time()

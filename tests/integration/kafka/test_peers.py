@@ -30,7 +30,7 @@ from ingest_gateway.peers.internal_listener import InternalListener
 from ingest_gateway.protocol.http_errors import answer_of
 from ingest_gateway.protocol.request import held
 from services.config import SecretStr, Settings
-from services.core.decide import Command
+from services.core.decide import Command, IngestCheck
 from services.core.wire import VERSION, decode_acknowledgement, encode_acknowledgement, encode_command
 from services.runtime import tls
 from tests.certificates import Authority
@@ -195,7 +195,7 @@ async def test_a_peer_cannot_acknowledge_what_is_not_the_command(liar: Liar, for
 async def test_an_answer_without_end_is_cut_off(liar: Liar, forwarder: HttpForwarder) -> None:
     for ask in (
         lambda: forwarder.submit(liar.url, FILLED),
-        lambda: forwarder.check_ingest(liar.url, PACKAGE, ["a"], None),
+        lambda: forwarder.check_ingest(liar.url, IngestCheck(PACKAGE, ["a"], None)),
         lambda: forwarder.status(liar.url),
         lambda: forwarder.end(liar.url, 1),
         lambda: forwarder.extent(liar.url, PACKAGE),
@@ -274,7 +274,7 @@ async def test_a_retention_class_that_is_none_is_not_believed(
 ) -> None:
     liar.body = answer
     with pytest.raises(UnavailableError):
-        await forwarder.check_ingest(liar.url, PACKAGE, ["a"], None)
+        await forwarder.check_ingest(liar.url, IngestCheck(PACKAGE, ["a"], None))
 
 
 @pytest.mark.parametrize("answer", [7, [7], [["x"]], [[{}]], [[3, "since"]], [[3, 1, 1, "file", [1]]]])

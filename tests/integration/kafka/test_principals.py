@@ -15,7 +15,7 @@ from artifact_store.errors import CommandReusedError, PushBackError
 from artifact_store.models import Acknowledgement
 from services.config import Settings
 from services.core.access import EVERYTHING
-from services.core.decide import Command, FinalizePackage, IngestFiles
+from services.core.decide import Command, FinalizePackage, IngestCheck, IngestFiles
 from services.log.kafka import KafkaLog
 from services.log.kafka import writer as writers
 from tests.commands import stored
@@ -85,6 +85,6 @@ async def test_an_older_reader_never_meets_an_event_that_it_cannot_read(
             with pytest.raises(PushBackError, match=r"artifact-store-projector/v2 .* upgrade it or end it"):
                 await writer.submit(delegated)
             with pytest.raises(PushBackError, match="artifact-store-projector/v2"):
-                await writer.check_ingest(made.package_id, ["a"], None, EVERYTHING, "ada")
+                await writer.check_ingest(IngestCheck(made.package_id, ["a"], None, EVERYTHING, "ada"))
         await writer.submit(delegated)
     assert [event.principal for event in await read_valid(log)] == [None, "ada"]

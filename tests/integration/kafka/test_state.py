@@ -22,7 +22,14 @@ from artifact_store.models import Acknowledgement
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
-from services.core.decide import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Command, FinalizePackage, IngestFiles
+from services.core.decide import (
+    ANSWERS_KEPT_MICROS,
+    MAX_IDLE_MICROS,
+    Command,
+    FinalizePackage,
+    IngestCheck,
+    IngestFiles,
+)
 from services.core.state import CREATED
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.state import snapshots
@@ -470,4 +477,4 @@ async def test_a_retry_is_answered_for_a_day_after_finalization_and_refused_late
             assert caught.value.facts.items() >= finalized.items()
             assert caught.value.facts["manifest_digest"] == ContentAddress.of_digest(answers[1].manifest_digest or b"")
         with pytest.raises(AnswerExpiredError):
-            await writer.check_ingest(made.package_id, ["a"], uuid4())
+            await writer.check_ingest(IngestCheck(made.package_id, ["a"], uuid4()))

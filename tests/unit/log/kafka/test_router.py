@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
@@ -18,14 +18,13 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
-from services.core.access import EVERYTHING, Grants
-from services.core.decide import Command
+from services.core.decide import Command, IngestCheck
 from services.log.kafka import writer
 from services.log.kafka.ownership import Owner
 from services.log.kafka.writer import Router
 from services.log.port import NotAppendedError, PackageExtent, PartitionNotOwnedError
 from services.log.sequencer.partition_writer import PartitionWriter
-from services.log.sequencer.queue import Counts, IngestCheck, Request
+from services.log.sequencer.queue import Counts, Request
 from tests.commands import create
 
 MADE = create()
@@ -70,15 +69,7 @@ class There:
             raise answer
         return answer
 
-    async def check_ingest(
-        self,
-        url: str,
-        _package: UUID,
-        _paths: Sequence[str],
-        _command: UUID | None,
-        _grants: Grants = EVERYTHING,
-        _principal: str | None = None,
-    ) -> str | None:
+    async def check_ingest(self, url: str, _asked: IngestCheck) -> str | None:
         await self.submit(url, MADE)
         return None
 

@@ -15,7 +15,7 @@ from prometheus_client.samples import Sample
 
 from artifact_store.errors import ConflictError, PushBackError
 from services.core.access import EVERYTHING
-from services.core.decide import Limits
+from services.core.decide import IngestCheck, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import writer as writers
 from services.log.kafka.connection import READS_PRINCIPALS
@@ -98,15 +98,15 @@ async def test_no_command_in_another_s_name_is_taken_while_a_process_cannot_read
     with pytest.raises(PushBackError, match="http://old:1/v2"):
         await process.submit(delegated)
     with pytest.raises(PushBackError, match="http://old:1/v2"):
-        await process.check_ingest(made.package_id, ["a"], None, EVERYTHING, "ci:bot")
+        await process.check_ingest(IngestCheck(made.package_id, ["a"], None, EVERYTHING, "ci:bot"))
     assert (answers.await_count, asked) == (0, [READS_PRINCIPALS]), "one answer serves for a while"
     await process.submit(made)
-    await process.check_ingest(made.package_id, ["a"], None)
+    await process.check_ingest(IngestCheck(made.package_id, ["a"], None))
     assert (answers.await_count, asked) == (2, [READS_PRINCIPALS]), "others are never held up"
     old.clear()
     monkeypatch.setattr(writers, "_READERS_SECONDS", 0.0)
     await process.submit(delegated)
-    await process.check_ingest(made.package_id, ["a"], None, EVERYTHING, "ci:bot")
+    await process.check_ingest(IngestCheck(made.package_id, ["a"], None, EVERYTHING, "ci:bot"))
     assert answers.await_count == 4
 
 

@@ -7,8 +7,9 @@ from threading import Thread
 
 import pytest
 
+from services.core.decide import IngestCheck
 from services.log.sequencer import queue as requests
-from services.log.sequencer.queue import ENOUGH_TOGETHER, IngestCheck, Request, RequestQueue
+from services.log.sequencer.queue import ENOUGH_TOGETHER, Request, RequestQueue
 from tests.commands import create, ingest
 
 PACKAGE = create().package_id

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from services.core.decide import Command
-from services.log.sequencer.queue import IngestCheck, Request, runs_of
+from services.core.decide import Command, IngestCheck
+from services.log.sequencer.queue import Request, runs_of
 from tests.commands import create, finalize, ingest
 
 ONE, TWO = create(1), create(2)
