@@ -58,11 +58,6 @@ class PartBuffer:
         """A copy of the bytes from `start` to before `end`, or to the end of the content."""
         return b"" if self._pages is None else self._pages[start : min(end, self._length)]
 
-    def pieces(self, size: int) -> Iterator[bytes]:
-        """Copies of the content, this many bytes at a time."""
-        for start in range(0, self._length, size):
-            yield self.read(start, start + size)
-
     def views(self, size: int) -> Iterator[memoryview]:
         """The content, so many bytes at a time and without a copy. Each view ends when the next one is asked for."""
         if self._pages is None:

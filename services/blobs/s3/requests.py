@@ -391,7 +391,7 @@ class S3Requests:
             sent["Content-Length"] = str(body.framed_length)
             sent["x-amz-decoded-content-length"] = str(length)
             sent["x-amz-trailer"] = CHECKSUM_CRC32
-        elif isinstance(body, PartBuffer) and length > _SLICE:
+        elif isinstance(body, bytes | PartBuffer) and length > _SLICE:
             data = _slices(body)
             sent["Content-Length"] = str(length)
         elif isinstance(body, PartBuffer):
@@ -559,9 +559,11 @@ def _insecure(error: aiohttp.ClientSSLError) -> str:
     )
 
 
-async def _slices(body: PartBuffer) -> AsyncIterator[bytes]:
-    for piece in body.pieces(_SLICE):
-        yield piece
+async def _slices(body: bytes | PartBuffer) -> AsyncIterator[bytes]:
+    """The body in pieces: aiohttp would write one of several MiB to the socket at once, and warn."""
+    for start in range(0, len(body), _SLICE):
+        end = start + _SLICE
+        yield body[start:end] if isinstance(body, bytes) else body.read(start, end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from aiohttp.test_utils import TestServer
 
 from artifact_store.errors import UnavailableError
 from artifact_store.models import Declared
+from services.blobs.intake import digests_of
 from services.blobs.s3.requests import Endpoint
 from services.blobs.s3.store import S3BlobStore
 
@@ -44,6 +45,21 @@ async def answered_by(handler: Handler) -> AsyncIterator[S3BlobStore]:
 
 async def zeros(size: int) -> AsyncIterator[bytes]:
     yield bytes(size)
+
+
+async def test_bytes_of_a_pack_are_sent_in_pieces() -> None:
+    """aiohttp warns of a body of more than 1 MiB in one piece, and warnings are errors here."""
+    data, got = bytes(range(256)) * 8192, []
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.method == "HEAD":
+            return web.Response(status=404)
+        got.append(await request.read())
+        return web.Response()
+
+    async with answered_by(answer) as store:
+        await store.store_bytes(data, await digests_of(data))
+    assert got == [data]
 
 
 @pytest.mark.parametrize(
