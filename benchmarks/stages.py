@@ -71,6 +71,13 @@ class _Stages:
         self._spent.clear()
 
 
+class _Mock(Cluster):
+    """The mock broker has no settings that would tell the framing."""
+
+    def framing(self) -> None:
+        """See `Cluster`."""
+
+
 class _Broker:
     """One partition in the Kafka client's mock broker."""
 
@@ -80,7 +87,7 @@ class _Broker:
         (broker,) = self._producer.list_topics(timeout=_SECONDS).brokers.values()
         self._kafka = KafkaSettings.of(Settings(log_url=f"kafka://{broker.host}:{broker.port}/bench"))
         self._producer.list_topics(self._kafka.topic, timeout=_SECONDS)  # makes it
-        self.tail = Reader(self._kafka, {0: 0}, Cluster(self._kafka))
+        self.tail = Reader(self._kafka, {0: 0}, _Mock(self._kafka))
 
     def produce(self, run: FileRun, values: Sequence[bytes]) -> None:
         """As a lease does it."""
@@ -164,7 +171,7 @@ def _append(found: _Stages, broker: _Broker, decided: Sequence[tuple[FileRun, li
     seen: list[bytes | None] = []
     with found.timed("read back and compare"):
         while len(seen) < len(values):
-            seen += broker.tail.take_exactly(len(values) - len(seen), _SECONDS)[0]
+            seen += broker.tail.take_values(len(values) - len(seen), _SECONDS)[0]
         if seen != values:
             raise RuntimeError("the mock broker gave other records back")
 

@@ -642,7 +642,7 @@ class PartitionLease(Lease):
         wait = _Wait(tail)
         seen = last = 0
         while seen < len(values):
-            found, last = tail.take_exactly(len(values) - seen, _LEADERS_SECONDS)
+            found, last = tail.take_values(len(values) - seen, _LEADERS_SECONDS)
             if not found and wait.is_over():
                 raise UnavailableError(self._cause("events that were appended are not readable"))
             if found != values[seen : seen + len(found)]:

@@ -68,13 +68,13 @@ class Reader:
                 found += records(messages, self._framing, headers=headers)
             return found
 
-    def take_exactly(self, count: int, timeout: float) -> tuple[list[bytes | None], int]:
-        """Wait for `count` records, `timeout` seconds at most. Fewer are returned once the time is over.
+    def take_values(self, limit: int, timeout: float) -> tuple[list[bytes | None], int]:
+        """Wait for the next `limit` records, at most a hundred at a time. After `timeout` seconds, return what came.
 
         Returns their values, and the offset of the last (0 if there are none). Raises as `take`.
         """
         with self._reading():
-            found: list[Message] = self._consumer.consume(count, timeout)
+            found: list[Message] = self._consumer.consume(min(limit, _TAKEN_AT_ONCE), timeout)
             # Avoids a Python step for each. A KafkaError cannot be compared with None, so `count` and `in` fail.
             if any(map(Message.error, found)):
                 for message in found:

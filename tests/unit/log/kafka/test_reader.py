@@ -49,9 +49,9 @@ def test_one_broker_that_lacks_an_offset_is_not_believed(beyond: Reader) -> None
         beyond.take(10, 30)
 
 
-def test_taking_exactly_so_many_records_raises_the_error_that_comes_in_their_place(beyond: Reader) -> None:
+def test_taking_values_raises_the_error_that_comes_in_their_place(beyond: Reader) -> None:
     with pytest.raises(CorruptError, match="reading the log"):
-        beyond.take_exactly(1, 30)
+        beyond.take_values(1, 30)
 
 
 def test_taking_what_is_there_raises_the_error_that_comes_in_its_place(beyond: Reader) -> None:
