@@ -1,13 +1,13 @@
 """The process that delivers: it reads the log once for all subscriptions, and gives each its events.
 
-One process delivers at a time; others stand by. It holds a row with a heartbeat and saves nothing once another
-holds it, so two never move the same cursor. A process that vanished is replaced after LAPSE_SECONDS. A process with a
+One process delivers at a time; others stand by. It holds a row with a heartbeat, and saves nothing once another process
+holds the row, so two never move the same cursor. A vanished process is replaced after LAPSE_SECONDS. A process with a
 slow database stays: it sends nothing new until it has renewed its heartbeat and saved, and then continues where it was.
 
 One tail reads the newest events and keeps them for a while. A subscription that is further behind reads the log itself
 until it can join the tail; a few do so at a time. A subscription without room leaves the tail and costs nothing until
-it has room again. Progress is saved once a second. If the process dies, deliveries since then are repeated. A process
-that cannot read the log stands by, so that one that can may deliver.
+it has room again. Progress is saved once a second. If the process dies, deliveries since the last save are repeated. A
+process that cannot read the log stands by, so that another one may deliver.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from services.webhooks.targets import Answer, Targets
 logger = logging.getLogger(__name__)
 
 LATE_SECONDS = 5.0
-"""A process that could not beat or not save for this long sends nothing new until it can, and before another may begin.
-"""
+"""A process that could not beat or save for this long sends nothing new until it can. Shorter than LAPSE_SECONDS, so
+that it stops before another process may begin."""
 
 _BEAT_SECONDS = 2.0
 _SAVE_SECONDS = 1.0
 _SAVING_SECONDS = 60.0
-"""How long one save may take; longer, and its connection is taken for lost, and another is tried."""
+"""How long one save may take. After that its connection is considered lost, and another is tried."""
 
 _LOOK_SECONDS = 0.5
 _RIGHTS_SECONDS = 1.0
@@ -72,25 +72,25 @@ _END_SECONDS = 5.0
 
 _KEPT_EVENTS = 5_000
 _KEPT_BYTES = 16 << 20
-"""How many of the newest events are kept in memory, and how many bytes of them."""
+"""How many of the newest events are kept in memory, and how many bytes."""
 
 _EVENT_BYTES = 2_000
 _NEAR_EVENTS = 5_000
-"""The tail begins at the earliest cursor that has at most so many events left, so that a restart reads them once."""
+"""The tail begins at the earliest cursor that is at most this many events behind, so that a restart reads them once."""
 
 _READERS = 8
 """How many subscriptions may read the log themselves at a time."""
 
 _READ_EVENTS = 100
 _READ_BYTES = 2 << 20
-"""How many events of a held package are read at a time, and how many bytes of them."""
+"""How many events of a held package are read at a time, and how many bytes."""
 
 _TURN_SECONDS = 10.0
 _PATIENCE_SECONDS = 2.0
 _BREATH = 20
 
 GrantsOf = Callable[[Mapping[str, Any]], Grants]
-"""The rights that follow from a principal's `basis` now; see `Authenticator.grants_of`."""
+"""Returns the rights that a principal's `basis` gives now; see `Authenticator.grants_of`."""
 
 
 class _LostError(Exception):
@@ -159,9 +159,9 @@ class Deliverer:
         )
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Deliver, or stand by, until `stop` is set; returns when requests in progress have ended.
+        """Deliver, or stand by, until `stop` is set. Returns once requests in progress have ended.
 
-        Failures of log and database are logged and tried again, whatever they are.
+        Failures of log and database are logged, and the work is tried again, whatever they are.
         """
         while not stop.is_set():
             pause = _STANDBY_SECONDS
@@ -179,7 +179,7 @@ class Deliverer:
             await wait_for_stop(stop, pause)
 
     def _warn(self, text: str) -> None:
-        """Log a warning that may repeat, once in a while."""
+        """Log a warning that may recur; it is written once in a while."""
         if (line := self._repeats.passes(text, text)) is not None:
             logger.warning("%s", line)
 
@@ -228,7 +228,7 @@ class Deliverer:
 
 
 class _Lead:
-    """One term of this process as the one that delivers."""
+    """One term of this process as the deliverer."""
 
     def __init__(
         self,
@@ -255,7 +255,7 @@ class _Lead:
         self._origins = Origins(lambda ids: find_origins(ids, queries, log))
         self._outboxes: dict[UUID, Outbox] = {}
         self._failing: set[UUID] = set()
-        """Subscriptions of whose receivers the log says that they fail."""
+        """Subscriptions whose receivers have been logged as failing."""
         self._joined: set[Outbox] = set()
         self._reading: dict[Outbox, asyncio.Task[None]] = {}
         self._readers = asyncio.Semaphore(_READERS)
@@ -265,10 +265,10 @@ class _Lead:
         self._kept: deque[Message] = deque()
         self._kept_bytes = 0
         self._kept_from: dict[int, int] = {}
-        """From which offset on, by partition, the newest events are kept while `_tail` is set."""
+        """By partition, the offset from which the newest events are kept while `_tail` is set."""
         self._tail = asyncio.Event()
         self._unsaved: list[Progress] = []
-        """What a save that failed had; it may have been saved all the same."""
+        """The progress of a failed save. It may have been saved all the same."""
         self._beaten_at = self._saved_at = time.monotonic()
         self._on_time = asyncio.Event()
         """Set with each beat and each save."""
@@ -276,7 +276,7 @@ class _Lead:
     # The lead.
 
     async def beat(self) -> None:
-        """Hold the row, whatever else is slow. Goes on after failures of the database.
+        """Renew the heartbeat, whatever else is slow. Continues after failures of the database.
 
         Raises _LostError once another process delivers.
         """
@@ -295,7 +295,7 @@ class _Lead:
             await asyncio.sleep(max(0.0, began + _BEAT_SECONDS - time.monotonic()))
 
     async def _be_on_time(self) -> None:
-        """Return at once, or, if the last beat or save is too long ago, after both have succeeded."""
+        """Return at once. If the last beat or save is too long ago, return after both have succeeded."""
         while time.monotonic() - min(self._beaten_at, self._saved_at) > LATE_SECONDS:
             self._on_time.clear()
             await self._on_time.wait()
@@ -315,9 +315,9 @@ class _Lead:
     # Subscriptions.
 
     async def watch(self) -> None:
-        """Load subscriptions, and apply what owners and operators change within a second.
+        """Load subscriptions, and apply the changes of owners and operators within a second.
 
-        Goes on after failures of log and database. Raises _LostError once another process delivers.
+        Continues after failures of log and database. Raises _LostError once another process delivers.
         """
         while True:
             try:
@@ -418,7 +418,7 @@ class _Lead:
         self._metrics.parked.set(sum(outbox.parked for outbox in self._outboxes.values()))
 
     def _say_who_fails(self, failing: Mapping[UUID, str | None]) -> None:
-        """Log a line when a receiver begins to fail, and one when it has taken what it refused."""
+        """Log a line when a receiver begins to fail, and one when it has accepted what it refused."""
         for name in failing.keys() - self._failing:
             logger.warning(
                 "subscription %s: its receiver refuses events: %s; they are sent again until it takes them, and "
@@ -432,7 +432,7 @@ class _Lead:
     # Events.
 
     async def follow(self) -> None:
-        """Read the newest events for all subscriptions in the tail. Goes on after failures of the log."""
+        """Read the newest events for all subscriptions in the tail. Continues after failures of the log."""
         await self._loaded.wait()
         while True:
             try:
@@ -465,7 +465,7 @@ class _Lead:
                     await asyncio.sleep(0)
 
     def _start(self, end: Position) -> Position:
-        """Where the tail begins: at the log's end, or earlier for subscriptions that are nearly there."""
+        """Where the tail begins: at the log's end, or earlier for subscriptions that have nearly reached it."""
         offsets = dict(end.offsets)
         for outbox in self._outboxes.values():
             at = outbox.reading
@@ -482,7 +482,7 @@ class _Lead:
             self._kept_from[oldest.partition] = oldest.offset + 1
 
     async def _messages(self, events: AsyncIterable[RecordedEvent], since: Position) -> AsyncGenerator[Message]:
-        """The packages' events as messages; records of the log itself belong to no package and are left out."""
+        """The packages' events as messages. Leaves out administrative records, which belong to no package."""
         before = since.offsets
         async for event in events:
             partition = partition_read(self._log, event, before)
@@ -584,7 +584,7 @@ class _Lead:
     # Saving.
 
     async def save_regularly(self) -> None:
-        """Save progress once a second. Goes on after failures of the database, with what could not be saved.
+        """Save progress once a second. After a failure of the database, the unsaved progress is saved next time.
 
         Raises _LostError once another process delivers.
         """
@@ -596,9 +596,9 @@ class _Lead:
                 self._warn(f"webhooks: progress is not saved: {error.detail}; trying again")
 
     async def save(self) -> None:
-        """Save the progress since the last time, after any that could not be saved then.
+        """Save the progress since the last save, after any that could not be saved then.
 
-        Raises _LostError once another process delivers. UnavailableError, and as `Views.writing`.
+        Raises _LostError once another process delivers; UnavailableError, and as `Views.writing`.
         """
         if self._unsaved:
             await self._save()
@@ -630,7 +630,7 @@ class _Lead:
         self._unsaved = []
 
     async def close(self, seconds: float) -> None:
-        """Send nothing more; requests in progress may go on for so many seconds."""
+        """Send nothing more. Requests in progress may continue for `seconds`."""
         tasks = [*self._reading.values(), *self._ordered.values()]
         self._reading.clear()
         for task in tasks:

@@ -1,8 +1,8 @@
 """Messages to receivers: an event as a CloudEvent in JSON, with signatures by the Standard Webhooks specification.
 
 CloudEvents 1.0, JSON format, structured mode. `data` is the event as `GET /v1/events?manifests=false` gives it. The
-signed content is `ID.TIMESTAMP.BODY`, the signature HMAC-SHA256 in base64 after `v1,`; a message that is signed with
-several secrets has several signatures, separated by spaces.
+signed content is `ID.TIMESTAMP.BODY`; the signature is `v1,` and the HMAC-SHA256 in base64. A message that is signed
+with several secrets has several signatures, separated by spaces.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def new_secret() -> str:
 
 
 def signed_headers(message_id: str, timestamp: int, body: bytes, signing: Iterable[str]) -> dict[str, str]:
-    """The headers that prove who sent the body, and when (s since 1970): a signature for each secret."""
+    """The headers that prove who sent the body, and when (s since 1970), with a signature for each secret."""
     content = b"%b.%d.%b" % (message_id.encode(), timestamp, body)
     signatures = []
     for secret in signing:
@@ -49,7 +49,7 @@ def signed_headers(message_id: str, timestamp: int, body: bytes, signing: Iterab
 
 
 def message_id(event: RecordedEvent) -> str:
-    """The id of the event's message: the event's digest, which Kafka's consumers find in `ce_id`."""
+    """The id of the event's message: the event's digest, which Kafka consumers find in `ce_id`."""
     return event_digest(event).hex()
 
 

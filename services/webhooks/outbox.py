@@ -1,13 +1,13 @@
-"""One subscription's events until they are delivered: in order per package, tried again, held back, parked.
+"""One subscription's events until they are delivered: ordered per package, retried, held back, parked.
 
 An event is offered once, in the order of the log. Its request is sent after those of all earlier events of its package
 were accepted; different packages do not wait for each other. An event that is not accepted *holds* its package: the
-package's later events are skipped and read again from the log once that event is accepted. So neither memory nor the
+package's later events are skipped, and read again from the log once that event is accepted. So neither memory nor the
 cursor depends on how long a receiver fails. A package that fails for too long is *parked*: nothing is tried until its
-owner asks. While as many packages as `Policy.most_failing` fail, nothing new is taken: the receiver is down.
+owner asks. While `Policy.most_failing` packages fail, nothing new is taken: the receiver is considered down.
 
-The cursor is the position before the first event that is not accepted yet, held packages left out. They have rows of
-their own, saved in one transaction with it.
+The cursor is the position before the first event that is not accepted yet, leaving out held packages. Held packages
+have separate rows, which are saved in the cursor's transaction.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAX_CAUSE = 500
 
 
 _OFTEN = 3
-"""How often in a row an event is refused, about 15 s with the usual pauses, before its receiver counts as failing."""
+"""How often in a row an event is refused before its receiver counts as failing: about 15 s with the usual pauses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,20 @@ class Policy:
     """How one subscription is served. The defaults fit receivers on the internet."""
 
     at_once: int = 4
-    """Requests at a time; one while the receiver fails."""
+    """Maximum number of concurrent requests; one while the receiver fails."""
     room: int = 64
     """Events that wait in memory."""
     most_failing: int = 8
-    """Packages that may fail at a time before nothing new is taken."""
+    """Once this many packages fail at the same time, nothing new is taken."""
     first_pause_seconds: float = 5.0
-    """The pause after a first failure. Each further one is twice as long, and all are shortened by up to a half."""
+    """The pause after the first failure. Each further pause is twice as long; random jitter shortens all of them by up
+    to a half."""
     longest_pause_seconds: float = 3600.0
     park_after_seconds: float = 86_400.0
 
 
 class Message:
-    """An event for all subscriptions that want it. Its body is made once."""
+    """An event for all subscriptions that want it. Its body is built once."""
 
     __slots__ = ("_sent", "event", "offset", "origin", "partition")
 
@@ -85,16 +86,17 @@ Post = Callable[[Subscription, str, bytes], Awaitable[Answer]]
 """Sends a body under a message id. Raises NotSentError."""
 
 MaySend = Callable[[], Awaitable[None]]
-"""Returns once something may be sent, usually at once."""
+"""Waits until something may be sent; usually returns at once."""
 
 ReadPackage = Callable[[UUID, Position, Position], Awaitable[Sequence[Message]]]
-"""Reads a package's events from the log, after one position up to another: the first ones, none when there are none.
+"""Reads a package's first events after one position and up to another from the log; empty if there are none.
 
 Raises as `Log.read`.
 """
 
 Tell = Callable[[Message, str, bool], None]
-"""Called with an attempt's outcome (`delivered`, `failed` or `parked`), and whether it was the event's first one."""
+"""Called with an attempt's outcome (`delivered`, `failed` or `parked`), and whether it was the event's first attempt.
+"""
 
 
 @dataclass(slots=True)
@@ -107,9 +109,9 @@ class _Ticket:
 class _Held:
     row: HeldPackage
     skipped_to: int
-    """The highest offset of an event that was passed over."""
+    """The highest offset of a skipped event."""
     message: Message | None = None
-    """The event at `row.offset`, if it is still at hand."""
+    """The event at `row.offset`, if it is still in memory."""
     passed: bool = False
     """Whether all events before `row.offset` are accepted and the next one will be offered."""
     timer: asyncio.TimerHandle | None = None
@@ -138,12 +140,12 @@ class Outbox:
     ) -> None:
         self.subscription = subscription
         self.behind = asyncio.Event()
-        """Set while events are read for this outbox alone; else the shared tail offers them."""
+        """Set while events are read for this outbox alone. Otherwise the shared tail offers them."""
         self.behind.set()
         self.room = asyncio.Event()
         """Set while there is room for more."""
         self.taken = subscription.deliveries
-        """The number of the last attempt that was saved or taken to be."""
+        """The number of the last attempt that was saved, or handed over to be saved."""
         self._policy = policy
         self._may_send = may_send
         self._post = post
@@ -159,7 +161,7 @@ class Outbox:
         self._tasks: set[asyncio.Task[None]] = set()
         self._held = {row.package_id: _Held(row, row.offset) for row in held}
         self._failed = {row.package_id for row in held if row.attempts and not row.parked}
-        """Held packages that are tried again."""
+        """Held packages that are being retried."""
         self._failing = False
         self._reads = self._subscribes = Scope(())
         self._suspended: str | None = "the owner's rights are not known yet"
@@ -178,7 +180,7 @@ class Outbox:
         return not (self._closed or self._suspended or self._gone) and self.subscription.state is State.ACTIVE
 
     def set_rights(self, grants: Grants) -> None:
-        """Send only what the owner may read and subscribe to; nothing once either right is gone."""
+        """Send only what the owner may read and subscribe to; nothing if either right is missing."""
         reads, subscribes = scope(grants, Right.READ), scope(grants, Right.SUBSCRIBE)
         self._reads, self._subscribes = reads, subscribes
         lacks = [right for right, where in ((Right.SUBSCRIBE, subscribes), (Right.READ, reads)) if not where]
@@ -232,7 +234,7 @@ class Outbox:
 
     @property
     def failing(self) -> str | None:
-        """Why the receiver does not take an event that was sent several times; None while there is no such event."""
+        """Why the receiver does not accept an event that was sent several times; None if there is no such event."""
         failed = (self._held[package_id].row for package_id in self._failed)
         return next((row.cause for row in failed if row.attempts >= _OFTEN), None)
 
@@ -242,7 +244,7 @@ class Outbox:
         return Position(self.subscription.position.log, dict(self._read))
 
     def at(self, partition: int, offset: int) -> Position:
-        """The position of this offset, and in other partitions as far as events were offered."""
+        """The position with this offset, and in other partitions the offsets up to which events were offered."""
         return Position(self.subscription.position.log, {**self._read, partition: offset})
 
     def covers(self, offsets: dict[int, int]) -> bool:
@@ -250,7 +252,8 @@ class Outbox:
         return all(self._read.get(partition, 0) >= offset for partition, offset in offsets.items())
 
     def offer(self, message: Message) -> bool:
-        """Take the next event, which is ignored if it was offered before. False: there is no room, offer it again."""
+        """Take the next event, which is ignored if it was offered before. Returns False if there is no room: offer it
+        again."""
         partition, package_id = message.partition, message.event.package_id
         if message.offset < self._read.get(partition, 0):
             return True
@@ -370,7 +373,7 @@ class Outbox:
                 self._change(held)
 
     async def _next_of(self, held: _Held, target: int) -> Sequence[Message]:
-        """The next events of a held package. No reader is kept while they are sent: a slow receiver takes long."""
+        """The next events of a held package. No reader stays open while they are sent: a slow receiver takes long."""
         row = held.row
         if held.message is not None and held.message.offset == row.offset:
             return (held.message,)
@@ -378,7 +381,7 @@ class Outbox:
         return await self._read_package(row.package_id, since, until)
 
     async def _attempt(self, message: Message, attempt: int, kind: Kind = Kind.EVENT) -> _Failure | None:
-        """Send the event once; None when it was accepted."""
+        """Send the event once. Returns None if it was accepted."""
         (name, body), event = message.sent, message.event
         delivery = Delivery(
             kind,
@@ -484,7 +487,7 @@ class Outbox:
         return True
 
     def _recover(self, held: _Held) -> None:
-        """A failed package was accepted again: try all other failed ones now."""
+        """An event of a failed package was accepted: try all other failed packages now."""
         if not held.row.attempts:
             return
         for other in self._held.values():
@@ -525,7 +528,7 @@ class Outbox:
     # Beside the stream.
 
     async def repeat(self, message: Message) -> None:
-        """Send an event again, once, without any order to others."""
+        """Send an event again, once, in no order relative to others."""
         if self._permits(message):
             await self._attempt(message, 1, Kind.REPEAT)
 
@@ -563,7 +566,7 @@ class Outbox:
         return found
 
     async def close(self, seconds: float = 0.0) -> None:
-        """Send nothing more. Requests in progress may go on for so many seconds."""
+        """Send nothing more. Requests in progress may continue for `seconds`."""
         self._closed = True
         for held in self._held.values():
             if held.timer is not None:
@@ -578,7 +581,7 @@ class Outbox:
 
 
 def _seconds_of(retry_after: str | None, now: int) -> float | None:
-    """The seconds that `Retry-After` asks for (RFC 9110 §10.2.3), within bounds; None without a sensible value."""
+    """The seconds in `Retry-After` (RFC 9110 §10.2.3), within bounds; None without a sensible value."""
     if retry_after is None:
         return None
     if retry_after.isascii() and retry_after.isdigit():

@@ -1,8 +1,8 @@
-"""Subscriptions and what belongs to them: secrets, cursors, packages that are held back, deliveries, orders.
+"""Subscriptions and their data: secrets, cursors, held packages, deliveries, orders.
 
 They are kept in tables of the views' database that belong to no projection, so that no replay empties them. Gateways
-change subscriptions; the one process that delivers changes cursors, held packages and deliveries. Where both change the
-same row, a subscription's `epoch` tells which of them came later: a gateway that moves a cursor increases it, and the
+change subscriptions. The one process that delivers changes cursors, held packages and deliveries. If both change the
+same row, the subscription's `epoch` shows which change came later: a gateway that moves a cursor increments it, and the
 deliverer's progress of the previous epoch is dropped.
 """
 
@@ -50,7 +50,7 @@ from services.views.database import Views, add_missing_columns
 from services.webhooks.messages import new_secret
 
 MOST_OF_OWNER = 2_000
-"""Subscriptions that one principal may have."""
+"""Maximum number of subscriptions of one principal."""
 
 OVERLAP_SECONDS = 86_400
 """How long messages are also signed with the previous secret."""
@@ -65,7 +65,7 @@ _MOST_SECRETS = 5
 _NAMESPACE = UUID("0b2f6a4e-6f0d-4b55-9f0c-53f1f7b0a1d2")
 _MICROS = 1_000_000
 _FROZEN_SECONDS = 20
-"""PostgreSQL ends a save whose process says nothing for this long: whoever takes over needs the rows that it holds."""
+"""PostgreSQL ends a save whose process is silent for this long: whoever takes over needs the rows that it locks."""
 
 _LOCK = 0x77656268  # any number, the same for every process of ours
 
@@ -98,7 +98,7 @@ webhook_cursors = Table(
 )
 """How far a subscription has come: all events before `position` are delivered, not wanted, or held back.
 
-`deliveries` counts the attempts so far, which numbers them. `trouble` is why nothing is delivered now.
+`deliveries` counts the attempts so far, and so numbers them. `trouble` is why nothing is delivered now.
 """
 
 webhook_held = Table(
@@ -116,7 +116,7 @@ webhook_held = Table(
     Column("cause", Text, nullable=False),
     Column("asked_to_wait", Boolean),
 )
-"""Packages whose events from `offset` on wait in the log, because the first of them was not taken."""
+"""Packages whose events from `offset` on wait in the log, because the first of them was not accepted."""
 
 webhook_deliveries = Table(
     "webhook_deliveries",
@@ -149,7 +149,7 @@ webhook_orders = Table(
     Column("offset", BigInteger),
     Column("created_at", BigInteger, nullable=False),
 )
-"""What owners asked for beside the stream: a test, or one event again. The deliverer removes what it has done."""
+"""Orders of owners outside the stream: a test, or one event again. The deliverer removes an order once it is done."""
 
 webhook_deliverer = Table(
     "webhook_deliverer",
@@ -159,7 +159,7 @@ webhook_deliverer = Table(
     Column("beat", BigInteger, nullable=False),
     Column("changes", BigInteger, nullable=False),
 )
-"""One row: which process delivers, its heartbeat, and a counter of changes that it has yet to look at."""
+"""One row: which process delivers, its heartbeat, and a counter of changes that it has yet to process."""
 
 
 _held_values = attrgetter(*webhook_held.columns.keys()[1:])
@@ -173,7 +173,7 @@ class State(StrEnum):
     ACTIVE = "active"
     PAUSED = "paused"
     DISABLED = "disabled"
-    """The receiver answered that it is gone for good (410). Resuming makes it active again."""
+    """The receiver answered that it is permanently gone (410). Resuming makes the subscription active again."""
 
 
 class Kind(StrEnum):
@@ -187,7 +187,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A secret that messages are signed with, until `until` (µs since 1970; None: the newest)."""
+    """A secret for signing messages, valid until `until` (µs since 1970; None: the newest)."""
 
     secret: str
     until: int | None = None
@@ -195,19 +195,19 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """One subscription: where events go, which ones, and by whose rights."""
+    """One subscription: where events go, which ones, and with whose rights."""
 
     subscription_id: UUID
     owner: str
     basis: Mapping[str, Any]
-    """What the owner's rights follow from: see `Principal.basis`."""
+    """The basis of the owner's rights: see `Principal.basis`."""
     url: str
     wanted: EventFilter
     secrets: tuple[Secret, ...]
     state: State
     cause: str | None
     resumes: int
-    """How often somebody resumed it: each time, what waits for its next attempt is tried at once."""
+    """How often somebody resumed it. Each time, waiting events are tried at once."""
     created_at: int
     epoch: int
     position: Position
@@ -221,9 +221,9 @@ class Subscription:
 
 @dataclass(slots=True)
 class HeldPackage:
-    """A package of which a subscription has yet to get the events from `offset` on.
+    """A package whose events from `offset` on a subscription has yet to get.
 
-    `since` is when the first attempt failed, `next_at` when the next one is due (µs since 1970). `asked_to_wait` tells
+    `since` is when the first attempt failed, `next_at` when the next one is due (µs since 1970). `asked_to_wait` says
     whether the receiver set that time (`Retry-After`).
     """
 
@@ -281,12 +281,12 @@ class Progress:
     deliveries: int
     trouble: str | None
     held: Mapping[UUID, HeldPackage]
-    """Packages whose row changed, as they are now."""
+    """The current state of packages whose rows changed."""
     released: frozenset[UUID]
-    """Packages whose row is to go."""
+    """Packages whose rows are to be deleted."""
     made: Sequence[Delivery] = ()
     gone: str | None = None
-    """Why the receiver wants nothing any more; the subscription is then disabled."""
+    """Why the receiver wants no more events; the subscription is then disabled."""
     orders: Sequence[UUID] = field(default=())
     """Orders that are done."""
 
@@ -301,7 +301,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Whether a process delivers, as reads of its row show: its beat changes every 2 s."""
+    """Judges from reads of the deliverer's row whether a process delivers: its beat changes every 2 s."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -316,12 +316,12 @@ class Heartbeat:
 
 
 async def create_tables(views: Views) -> None:
-    """Create the tables and columns that are missing. Safe to repeat, also by several processes at once.
+    """Create missing tables and columns. Safe to repeat, also by several processes at once.
 
     Raises as `Views.writing`.
     """
     async with views.writing() as connection:
-        if views.dialect == "postgresql":  # two that create one table at once would collide in the catalogue
+        if views.dialect == "postgresql":  # two processes that create a table at once would collide in the catalogue
             await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         await connection.run_sync(_create)
 
@@ -334,7 +334,7 @@ def _create(connection: Connection) -> None:
 
 
 class Subscriptions:
-    """The subscriptions in one views database. Besides its own errors it raises as `Views.reading`."""
+    """The subscriptions in one views database. Besides the named errors, methods raise as `Views.reading`."""
 
     def __init__(self, views: Views, clock: Clock = system_clock) -> None:
         self._views = views
@@ -351,9 +351,9 @@ class Subscriptions:
         position: Position,
         key: UUID | None = None,
     ) -> Subscription:
-        """Make a subscription that gets events after `position`. A repeat of its owner's `key` gets the first one.
+        """Create a subscription that gets events after `position`. A repeat of its owner's `key` returns the first one.
 
-        Raises ConflictError: the owner has too many. CommandReusedError: the key came with another URL or filter.
+        Raises ConflictError if the owner has too many, CommandReusedError if the key came with another URL or filter.
         """
         table = webhook_subscriptions
         made = Subscription(
@@ -397,7 +397,7 @@ class Subscriptions:
             return await _found(connection, subscription_id, owner)
 
     async def page(self, owner: str | None, limit: int, after: UUID | None = None) -> list[Subscription]:
-        """Subscriptions of this owner, or of anybody, by their ids."""
+        """Subscriptions of this owner, or of anybody, in the order of their ids."""
         query = _joined().order_by(webhook_subscriptions.c.id).limit(limit)
         if owner is not None:
             query = query.where(webhook_subscriptions.c.owner == owner)
@@ -437,7 +437,7 @@ class Subscriptions:
             return await _found(connection, subscription_id, owner)
 
     async def rotate(self, subscription_id: UUID, owner: str | None) -> Subscription:
-        """Make a new secret, which comes first in the result. The previous one stays valid for OVERLAP_SECONDS.
+        """Create a new secret, which comes first in the result. The previous one stays valid for OVERLAP_SECONDS.
 
         Raises NotFoundError.
         """
@@ -465,8 +465,8 @@ class Subscriptions:
             await _announce(connection)
 
     async def rewind(self, subscription_id: UUID, owner: str | None, position: Position) -> Subscription:
-        """Deliver again everything after `position`. Raises NotFoundError. InvalidPositionError: the subscription has
-        not got so far.
+        """Deliver again everything after `position`. Raises NotFoundError, and InvalidPositionError if the subscription
+        has not reached the position yet.
         """
         held = webhook_held.c
         async with self._views.writing() as connection:
@@ -500,9 +500,9 @@ class Subscriptions:
             return await self._order(connection, subscription_id, Kind.TEST)
 
     async def order_repeat(self, subscription_id: UUID, owner: str | None, event_id: UUID) -> None:
-        """Ask for one event again. If it is what its package waits for, the package goes on after it.
+        """Ask for one event again. If its package waits for this event, the package continues after it.
 
-        Raises NotFoundError, also when the deliveries that are kept do not have the event.
+        Raises NotFoundError, also if the kept deliveries do not contain the event.
         """
         made = webhook_deliveries.c
         async with self._views.writing() as connection:
@@ -546,7 +546,7 @@ class Subscriptions:
             return [_delivery(row) for row in rows]
 
     async def active(self) -> int:
-        """How many subscriptions their owners have active."""
+        """How many subscriptions are active, according to their owners."""
         table = webhook_subscriptions
         count = select(func.count()).select_from(table).where(table.c.state == State.ACTIVE)
         async with self._views.reading() as connection:
@@ -560,7 +560,8 @@ class Subscriptions:
     # What the deliverer does.
 
     async def beat(self) -> Beat:
-        """The deliverer's row. A database user without the right to see subscriptions may read it, and count."""
+        """The deliverer's row. A database user without the right to see subscriptions may read it, and count
+        subscriptions."""
         table = webhook_deliverer.c
         async with self._views.reading() as connection:
             row = (await connection.execute(select(table.holder, table.beat, table.changes))).one()
@@ -595,15 +596,16 @@ class Subscriptions:
             return [Order(r.id, r.subscription_id, Kind(r.kind), r.package_id, r.partition, r.offset) for r in rows]
 
     async def renew(self, me: UUID) -> bool:
-        """Beat, without waiting for a save on PostgreSQL. Returns False if another delivers."""
+        """Renew the heartbeat; on PostgreSQL without waiting for a save. Returns False if another process delivers."""
         async with self._views.writing() as connection:
             return await _beat(connection, me)
 
     async def save(self, me: UUID, progress: Sequence[Progress]) -> bool:
-        """Save what the deliverer has done, in one transaction. Returns False, and saves nothing, if another delivers.
+        """Save the deliverer's progress in one transaction. Returns False, and saves nothing, if another process
+        delivers.
 
-        Of a subscription whose epoch has passed, only the deliveries are saved; of one that was deleted, nothing. Safe
-        to repeat: nothing is saved twice.
+        If a subscription's epoch has passed, only its deliveries are saved; if it was deleted, nothing. Safe to repeat:
+        nothing is saved twice.
         """
         cursors = webhook_cursors.c
         try:
@@ -631,7 +633,7 @@ class Subscriptions:
                         )
                 if done := [order for one in progress for order in one.orders]:
                     await connection.execute(delete(webhook_orders).where(webhook_orders.c.id.in_(done)))
-                # Last, so that the row is only held for a moment: beats, and gateways that announce a change, need it.
+                # Last, so that the row is locked only briefly: beats, and gateways that announce a change, need it.
                 if not await _beat(connection, me):
                     raise _DeposedError
         except _DeposedError:
@@ -650,7 +652,7 @@ async def _beat(connection: AsyncConnection, me: UUID) -> bool:
 
 
 async def _announce(connection: AsyncConnection) -> None:
-    """Have the deliverer look for changes."""
+    """Make the deliverer look for changes."""
     table = webhook_deliverer
     await connection.execute(update(table).values(changes=table.c.changes + 1))
 
@@ -658,7 +660,7 @@ async def _announce(connection: AsyncConnection) -> None:
 async def _save_cursors(
     connection: AsyncConnection, current: Sequence[Progress], passed: Sequence[Progress], made: Mapping[UUID, int]
 ) -> None:
-    """`made` is how many deliveries were saved before, by subscription."""
+    """`made` is the number of deliveries that were saved before, by subscription."""
     cursors, texts = webhook_cursors.c, _texts([one.position for one in current])
     counts = {one.subscription_id: max(one.deliveries, made[one.subscription_id]) for one in (*current, *passed)}
     await update_rows(
@@ -677,7 +679,7 @@ async def _save_cursors(
 
 
 def _texts(positions: Iterable[Position]) -> list[str]:
-    """The texts of these positions. Most subscriptions have come equally far, so one is made of all that are equal."""
+    """The texts of these positions. Most subscriptions are equally far, so equal positions share one text."""
     made: dict[tuple[Any, ...], str] = {}
     found = []
     for position in positions:
@@ -697,7 +699,7 @@ async def _save_held(connection: AsyncConnection, current: Sequence[Progress]) -
 
 
 async def _save_deliveries(connection: AsyncConnection, there: Sequence[Progress], made: Mapping[UUID, int]) -> None:
-    """Save those that are new, and remove as many of the oldest ones where there are too many."""
+    """Save the new deliveries. Remove as many of the oldest ones from subscriptions that have too many."""
     of_all = [(one.subscription_id, row) for one in there for row in one.made]
     new = [(id_, row) for id_, row in of_all if row.number > made[id_]]
     deliveries = webhook_deliveries

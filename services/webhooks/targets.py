@@ -1,12 +1,12 @@
 """Decides where requests may go, and sends them only there.
 
-An owner names any URL, and its host may resolve to anything, at any time. So addresses are checked where they are used:
-the resolver refuses a host if one of its addresses is forbidden, and hands the addresses that it checked to the
-connection; a socket is refused as well if its address is forbidden, for hosts that are addresses already. Nothing else
-looks a name up, and no redirect is followed.
+An owner may name any URL, and its host may resolve to anything, at any time. So addresses are checked where they are
+used: the resolver refuses a host if one of its addresses is forbidden, and hands the checked addresses to the
+connection. For hosts that are already addresses, a socket with a forbidden address is refused as well. Nothing else
+looks up names, and no redirect is followed.
 
-Public addresses are allowed by https. Private, loopback, link-local and all other special ranges are not, unless an
-operator's list has them; there http is allowed too. An IPv4 address within an IPv6 one counts as that address.
+Public addresses are allowed with https. Private, loopback, link-local and all other special ranges are forbidden unless
+an operator has listed them; http is allowed there too. An IPv4 address inside an IPv6 address counts as itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_ANSWER_BYTES = 1_024
 _NAT64 = IPv6Network("64:ff9b::/96")
 _LOCAL_NAT64 = IPv6Network("64:ff9b:1::/48")
 _HOSTS_OF_CLOUDS = frozenset({IPv4Address("168.63.129.16")})
-"""Public addresses that serve only the machines of a cloud (Azure's host agent)."""
+"""Public addresses that serve only machines inside a cloud (Azure's host agent)."""
 
 _HOSTS_REMEMBERED = 10_000
 
@@ -54,7 +54,7 @@ class NotSentError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A receiver's answer. `text` is the beginning of its body, None where it must not be shown."""
+    """A receiver's answer. `text` is the beginning of its body; None if it must not be shown."""
 
     status: int
     text: str | None
@@ -67,9 +67,9 @@ class Targets:
     def __init__(
         self, allowed: Iterable[str] = (), *, timeout_seconds: float = 15.0, look_up: Lookup | None = None
     ) -> None:
-        """`allowed` are networks (CIDR) beyond the public ones. One request may take `timeout_seconds`, all included.
+        """`allowed` are networks (CIDR) in addition to the public ones. A whole request may take `timeout_seconds`.
 
-        Raises ValueError: one of them is no network.
+        Raises ValueError if one of them is not a network.
         """
         self._allowed = [ip_network(text) for text in allowed]
         self._look_up = look_up or _look_up
@@ -79,7 +79,7 @@ class Targets:
         """Whether all addresses of a host were public when they were last looked up."""
 
     def check(self, url: str) -> None:
-        """Raise InvalidRequestError unless requests may go to the URL, as far as is known without a lookup."""
+        """Raise InvalidRequestError unless requests may go to the URL, as far as this is known without a lookup."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port
@@ -108,7 +108,7 @@ class Targets:
                 resolver=guard,
                 socket_factory=guard.open_socket,
                 use_dns_cache=False,
-                limit=0,  # each subscription has a limit of its own: receivers that hang must not use up the others'
+                limit=0,  # each subscription has its own limit: hanging receivers must not use up that of others
                 keepalive_timeout=30.0,
                 ssl=ssl.create_default_context(),
             )
@@ -129,7 +129,7 @@ class Targets:
     async def send(self, url: str, body: bytes, headers: dict[str, str]) -> Answer:
         """Send a message. Redirects are answers like any other. Takes at most the time-out.
 
-        Raises NotSentError: the target is forbidden, cannot be reached, or gives no answer in time or none by HTTP.
+        Raises NotSentError: the target is forbidden, cannot be reached, or gives no answer in time or no HTTP answer.
         """
         try:
             return await self._post(url, body, headers)
@@ -153,7 +153,7 @@ class Targets:
             return Answer(response.status, text, response.headers.get("Retry-After"))
 
     async def addresses(self, host: str, port: int, scheme: str) -> list[str]:
-        """The addresses of a host, all of which are allowed. Raises OSError, ForbiddenTargetError."""
+        """The addresses of a host. Raises ForbiddenTargetError unless all of them are allowed, and OSError."""
         found = list(await self._look_up(host, port))
         if not found:
             raise OSError(f"{host} has no address")
@@ -215,14 +215,14 @@ class _Guard(AbstractResolver):
         """See `AbstractResolver`."""
 
     def open_socket(self, about: tuple[Any, ...]) -> socket.socket:
-        """A socket for this address, the last moment to refuse it."""
+        """A socket for this address. This is the last moment to refuse the address."""
         family, kind, protocol, _, where = about
         self._targets.require(where[0], self._scheme)
         return socket.socket(family, kind, protocol)
 
 
 def _reason(error: BaseException) -> str:
-    """Why there is no answer, without anything that the receiver sent."""
+    """Why there is no answer. Contains nothing that the receiver sent."""
     for cause in (error, error.__cause__, error.__context__, getattr(error, "os_error", None)):
         if isinstance(cause, ForbiddenTargetError):
             return str(cause)
