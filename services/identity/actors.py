@@ -15,10 +15,10 @@ _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
 
 
 def actor_of(alias: str, subject: str) -> str:
-    """The name of a principal in events: `alias:subject`, the same for every token that the subject ever has.
+    """The name of a principal in events: `alias:subject`, the same for every token of the subject.
 
-    Some subjects are replaced by their digest, as `alias:~` and 64 hex digits: those that are too long or hold control
-    characters, and e-mail addresses, which must not get into a log that forgets nothing.
+    Some subjects are replaced by their digest, as `alias:~` and 64 hex digits: those that are too long or contain
+    control characters, and e-mail addresses, which must not get into a log that forgets nothing.
     """
     actor = f"{alias}:{subject}"
     plain = (
@@ -32,7 +32,7 @@ def actor_of(alias: str, subject: str) -> str:
 
 
 def local_actor() -> str:
-    """The user that this process runs as."""
+    """The user of this process."""
     try:
         name = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # a container's user often has no name
@@ -41,5 +41,5 @@ def local_actor() -> str:
 
 
 def actor_here(settings: Settings, named: str | None) -> str:
-    """The actor of a command: the one that it names, or else this user; a gateway determines the sender itself."""
+    """The actor of a command: the named one, or otherwise this user. A gateway determines the sender itself."""
     return named or (local_actor() if settings.url is None else ANYONE)

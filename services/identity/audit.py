@@ -1,14 +1,14 @@
-"""The audit stream: who requested what, from where, and whether it was allowed, one JSON object a line.
+"""The audit stream: who requested what, from where, and whether it was allowed; one JSON object per line.
 
-It never slows the product and never stops it. Records wait in a bounded queue for a thread that appends them to the
-file; when the queue is full or the file cannot be written they are lost, and counted. The log records changes; this
+It never slows or stops the product. Records wait in a bounded queue for a thread that appends them to the file. If the
+queue is full or the file cannot be written, they are lost and counted. The log records changes; the audit stream
 records who read, who was refused and who administered.
 
     {"time": "2026-01-31T12:00:00.000001Z", "principal": "ci:job-7", "action": "GET /v1/packages/{package_id}",
      "allowed": true, "client": "10.1.2.3", "status": 200, "target": "/v1/packages/…"}
 
-`"unseen": true` is added to a 404 for what is missing, or hidden from this principal. `actor` is added where the sender
-names another actor.
+`"unseen": true` is added to a 404 if the target is missing, or hidden from this principal. `actor` is added if the
+sender names another actor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from services.runtime.clock import Clock, system_clock
 
 MAX_WAITING = 10_000
 MAX_TEXT = 1_024
-"""Longer texts are cut, since some of them come from strangers."""
+"""Longer texts are cut, because some of them come from strangers."""
 
 _AT_ONCE = 1_000
 _CLOSE_SECONDS = 5.0
@@ -76,7 +76,7 @@ class Audit:
     def record(self, *, principal: str | None, action: str, allowed: bool, client: str, **about: Value) -> None:
         """Record that `principal` requested `action`; None is somebody unknown. Never waits, never raises.
 
-        `client` is the address that they asked from. `about` says more; what is None is left out.
+        `client` is the address of the sender. `about` has further fields; those that are None are left out.
         """
         if self._thread is None:
             return
@@ -97,7 +97,7 @@ class Audit:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Write the waiting records. Takes some seconds at most; records that are not written by then are lost."""
+        """Write the waiting records. Takes some seconds at most. Records that are not written by then are lost."""
         if self._thread is not None and not await asyncio.to_thread(self._end, self._thread):
             _log.error("%d audit records were not written in time", self._waiting.qsize())
 
@@ -135,7 +135,7 @@ class Audit:
 
 
 class _File:
-    """A file that several processes append whole lines to, and that may be renamed away, as logrotate does."""
+    """A file to which several processes append whole lines, and which logrotate, for instance, may rename."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -143,7 +143,7 @@ class _File:
         self._open()
 
     def append(self, lines: bytes) -> None:
-        """Append the lines in one write. Raises OSError: not all of it was written."""
+        """Append the lines in one write. Raises OSError if not all of them were written."""
         if not self._is_there():
             self.close()
             self._open()

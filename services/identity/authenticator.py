@@ -1,8 +1,8 @@
 """The authenticator: an `Authorization` header goes in, a principal comes out.
 
 A verified token is remembered until it expires, or until the policy or its issuer's keys change. Changes of the policy
-file and of the file of static tokens are noticed within a second of the next request. A file that became invalid
-changes nothing; this is logged and shown by a metric.
+file and of the file of static tokens are noticed at the next request, at most once a second. If a file becomes invalid,
+its previous content stays in force; this is logged, and a metric shows it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from services.identity.static_tokens import NO_TOKENS, StaticToken, TokenSet, is
 from services.runtime.addresses import ListenAddress
 
 LOOK_SECONDS = 1.0
-"""After this long a change of a file is noticed."""
+"""How often files are checked for changes."""
 
 MAX_REMEMBERED = 4096
-"""Verified tokens that are remembered; the one that was used longest ago is forgotten first."""
+"""Maximum number of remembered tokens; the least recently used is forgotten first."""
 
 _LAST_SECOND = 253_402_300_799.0
-"""The end of the year 9999, after which times cannot be written."""
+"""The end of the year 9999: later times cannot be written."""
 
 _HEADER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*) *")
 
@@ -73,8 +73,8 @@ class Authenticator:
     ) -> None:
         """With neither `policy` nor `tokens`, everyone is `anyone`.
 
-        `clock` gives seconds since 1970, `ticks` seconds that never step. Blocks while it reads the files. Raises
-        ConfigurationError: a file is invalid, or nothing identifies senders.
+        `clock` gives seconds since 1970, `ticks` monotonic seconds. Blocks while it reads the files. Raises
+        ConfigurationError if a file is invalid, or if nothing identifies senders.
         """
         if policy is None and tokens is None and anyone is None:
             raise ConfigurationError(
@@ -117,10 +117,10 @@ class Authenticator:
 
     @classmethod
     def open(cls, settings: Settings, metrics: CollectorRegistry | None = None) -> Self:
-        """The authenticator of these settings. Blocks while it reads files; asks no issuer.
+        """The authenticator of these settings. Blocks while it reads files; sends no request to an issuer.
 
-        Without policy and tokens everyone has all rights: on loopback as the local user, beyond it as `anonymous`, and
-        there only if `settings.insecure` is set. Raises ConfigurationError.
+        Without policy and tokens everyone has all rights: on loopback as the local user, otherwise as `anonymous`, and
+        then only if `settings.insecure` is set. Raises ConfigurationError.
         """
         anyone = None
         if _is_loopback(settings.listen):
@@ -130,13 +130,13 @@ class Authenticator:
         return cls(policy=settings.policy, tokens=settings.tokens, anyone=anyone, metrics=metrics)
 
     async def authenticate(self, authorization: str | None) -> Principal:
-        """Who sends a request with this `Authorization` header; None when it has none.
+        """The sender of a request. `authorization` is its `Authorization` header, None if it has none.
 
-        Returns at once for tokens that are known; may wait some seconds for an issuer's keys. The principal is valid
-        now: ask again during long operations.
+        Returns at once for known tokens; may wait some seconds for an issuer's keys. The principal is valid now: ask
+        again during long operations.
 
         Raises:
-            UnauthenticatedError: there is no token, or it is not accepted. Its text never holds the token.
+            UnauthenticatedError: there is no token, or it is not accepted. Its text never contains the token.
             UnavailableError: the issuer's keys are unavailable, so the token cannot be checked; try again.
         """
         if self._anyone is not None:
@@ -152,11 +152,11 @@ class Authenticator:
         return self._static(match[1]) if is_static(match[1]) else await self._verified(match[1])
 
     def grants_of(self, basis: Mapping[str, Any]) -> Grants:
-        """The rights that a principal's `basis` gives now, long after their request; none once they are gone.
+        """The rights that a principal's `basis` gives now, perhaps long after the request; none if they are gone.
 
-        A static token counts until it is revoked or expires. Claims of an issuer's token count beyond the token's end:
-        the policy says what they give. Whoever asked a gateway without policy and tokens has rights only where there is
-        neither now, and nobody else has any there. Blocks while it reads files that changed.
+        A static token counts until it is revoked or expires. Claims of an issuer's token still count after the token
+        has expired: the policy says what they give. A principal of a gateway without policy and tokens has rights only
+        while there is still neither; then nobody else has any. Blocks while it reads changed files.
         """
         if self._anyone is not None:
             return () if basis else self._anyone.grants
@@ -223,7 +223,7 @@ class Authenticator:
         except UnavailableError:
             self._count(alias, "unavailable")
             raise
-        if policy is not self._policy:  # it changed while keys were fetched
+        if policy is not self._policy:  # the policy changed while keys were fetched
             return await self._verified(token)
         self._count(alias, "accepted")
         principal = Principal(
@@ -253,7 +253,7 @@ class Authenticator:
         self._outcomes.labels(alias or "none", outcome).inc()
 
     def _look(self) -> None:
-        """Read changed files again."""
+        """Read files again that have changed."""
         self._looked_at = self._ticks()
         for file, take in ((self._policy_file, self._take_policy), (self._tokens_file, self._take_tokens)):
             if file is None or not (file.failure or file.changed()):
@@ -280,7 +280,7 @@ class Authenticator:
         self._stale.labels(file.name).set(0)
 
     def _open_issuer(self, table: IssuerTable, file: _Watched) -> Issuer:
-        """The open issuer, with its keys, unless the policy has changed its entry."""
+        """The issuer. Reuses the open one, with its keys, unless the policy has changed its entry."""
         for path in (table.ca, table.jwks):
             if path is not None:
                 file.note(path)
@@ -308,28 +308,29 @@ def _is_loopback(listen: str) -> bool:
 
 
 class _Watched:
-    """A file, and the files that it names, with their states when they were read."""
+    """A file and the files that it names, each with its state at the time of reading."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self.path = path
         self.failure: str | None = None
-        """Why it could not be taken the last time: it is read again until that has passed."""
+        """Why the last attempt failed: the file is read again until an attempt succeeds."""
         self._states: dict[Path, object] = {}
 
     def note(self, path: Path | None = None) -> None:
-        """The file is read now; without `path` it is the file itself, and what it named before is forgotten."""
+        """Note that `path` is read now. Without `path` it is the file itself, and the files that it named before are
+        forgotten."""
         if path is None:
             self._states.clear()
         self._states[path or self.path] = _state_of(path or self.path)
 
     def changed(self) -> bool:
-        """Whether any of them has changed since it was read."""
+        """Whether any of the files has changed since it was read."""
         return any(_state_of(path) != state for path, state in self._states.items())
 
 
 def _state_of(path: Path) -> object:
-    """A state that differs when a file's content does, found without reading it. A link is followed."""
+    """A state that differs if a file's content differs, found without reading the file. Follows links."""
     try:
         found = path.stat()
     except OSError as error:

@@ -1,11 +1,10 @@
-"""Tokens of an OIDC issuer: its keys are found by discovery or in a file, and a token is checked against them.
+"""Tokens of an OIDC issuer: its keys are found by discovery or in a file, and tokens are checked against them.
 
-joserfc handles cryptography and the format of tokens. The policy decides which algorithms are accepted, never the
-token. Before the signature is verified, only a token's issuer is read, to choose the keys.
+joserfc handles cryptography and the format of tokens. The policy, never the token, decides which algorithms are
+accepted. Before the signature is verified, only a token's issuer is read, to choose the keys.
 
-The keys are fetched when the first token needs them, again every few minutes, and when a token names a key that is not
-known, but then at most once in RETRY_SECONDS. While the issuer is unavailable, the known keys stay valid for
-STALE_SECONDS.
+The keys are fetched when the first token needs them, again every few minutes, and when a token names an unknown key,
+but then at most once in RETRY_SECONDS. While the issuer is unavailable, the known keys stay valid for STALE_SECONDS.
 """
 
 from __future__ import annotations
@@ -29,28 +28,28 @@ from services.identity.policy import IssuerTable, check_issuer_url
 MAX_TOKEN_BYTES = 16 << 10
 
 LEEWAY_SECONDS = 30
-"""By how much the clocks of issuer and gateway may differ."""
+"""How much the clocks of issuer and gateway may differ."""
 
 FRESH_SECONDS = 300.0
-"""Keys that are older are fetched again beside the requests that use them."""
+"""Older keys are fetched again in the background, while requests still use them."""
 
 STALE_SECONDS = 86_400.0
-"""Keys that are older do not count any more."""
+"""Older keys are no longer valid."""
 
 RETRY_SECONDS = 10.0
-"""Between two fetches, whatever tokens ask for."""
+"""Minimum time between two fetches, whatever tokens ask for."""
 
 _FETCH_SECONDS = 5.0
 _MAX_DOCUMENT_BYTES = 512 << 10
 _MAX_KEYS = 100
 _MODULUS_CHARACTERS = (342, 1366)
-"""The length in base64 of RSA moduli of 2048 and 8192 bits: shorter keys prove little, longer ones cost much."""
+"""The lengths in base64 of RSA moduli of 2048 and 8192 bits: shorter keys are weak, longer ones are slow."""
 _MAX_HEADER_BYTES = 4 << 10
 
 _DISCOVERY = "/.well-known/openid-configuration"
 
 _TYPES = frozenset({"", "jwt", "at+jwt"})
-"""The types of tokens that are accepted where the policy names none: identity and access tokens, RFC 9068."""
+"""The types of tokens that are accepted if the policy names none: identity and access tokens (RFC 9068)."""
 
 _KEY_TYPES = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
 
@@ -63,7 +62,7 @@ Claims = Mapping[str, Any]
 
 
 class _Signatures(jws.JWSRegistry):
-    """Exactly the algorithms of a policy. Header parameters that are not known are ignored (RFC 7515 §4)."""
+    """Exactly the algorithms of a policy. Unknown header parameters are ignored (RFC 7515 §4)."""
 
     max_header_length = _MAX_HEADER_BYTES
     max_payload_length = MAX_TOKEN_BYTES
@@ -72,14 +71,14 @@ class _Signatures(jws.JWSRegistry):
         super().__init__(algorithms=algorithms, strict_check_header=False)
 
     def get_alg(self, name: str) -> Any:
-        """joserfc's own warns at each use of EdDSA, the name that RFC 9864 splits and that providers still send."""
+        """The original method warns at each use of EdDSA, a name that RFC 9864 splits and that providers still send."""
         if name not in (self.allowed or ()):
             raise UnsupportedAlgorithmError("the algorithm is not accepted")
         return self.algorithms[name]
 
 
 class _StrictJson(json.JSONDecoder):
-    """A duplicate name or an invalid number makes a token invalid instead of ambiguous."""
+    """Refuses duplicate names and invalid numbers: they make a token invalid instead of ambiguous."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, object_pairs_hook=_without_repeats, parse_constant=_refuse)
@@ -102,12 +101,12 @@ def invalid(detail: str) -> UnauthenticatedError:
 
 
 def unverified(token: str) -> tuple[Claims, Claims]:
-    """Header and claims of a token whose signature nobody has checked. Raises UnauthenticatedError."""
+    """Header and claims of a token, without checking its signature. Raises UnauthenticatedError."""
     if len(token) > MAX_TOKEN_BYTES:
         raise invalid(f"the token is longer than {MAX_TOKEN_BYTES >> 10} KiB")
     try:
         found = jws.extract_compact(token.encode("ascii"), None, _Signatures(()))
-        header: object = found.headers()  # which an attacker may have made a list
+        header: object = found.headers()  # an attacker may send a list
         claims: object = json.loads(found.payload, cls=_StrictJson)
     except _BROKEN:
         raise invalid("the token is no JSON Web Token") from None
@@ -124,7 +123,7 @@ class Keys:
         self.thumbprints = frozenset((key.kid, key.thumbprint()) for key in self._keys)
 
     def find(self, key_id: str | None, algorithm: str) -> jwk.Key | None:
-        """The key that a token names; for one that names none the only key that fits its algorithm."""
+        """The key that a token names. If it names none, the only key that fits its algorithm."""
         fitting = [
             key
             for key in self._keys
@@ -136,9 +135,9 @@ class Keys:
 
 
 def read_keys(document: object, algorithms: Sequence[str]) -> Keys:
-    """The usable keys of a JSON Web Key Set (RFC 7517): public, for signatures, by these algorithms, not too short.
+    """The usable keys of a JSON Web Key Set (RFC 7517): public, for signatures with these algorithms, not too short.
 
-    Raises ValueError: it has no such key.
+    Raises ValueError if there is no such key.
     """
     listed = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(listed, list):
@@ -150,7 +149,7 @@ def read_keys(document: object, algorithms: Sequence[str]) -> Keys:
 
 
 def _usable(listed: Sequence[object], algorithms: Sequence[str]) -> Iterator[jwk.Key]:
-    types = [_KEY_TYPES[algorithm[:2]] for algorithm in algorithms]  # no set: an entry may name a list as its type
+    types = [_KEY_TYPES[algorithm[:2]] for algorithm in algorithms]  # not a set: an entry may have a list as its type
     for entry in listed:
         if not isinstance(entry, dict) or entry.get("kty") not in types:
             continue
@@ -163,12 +162,12 @@ def _usable(listed: Sequence[object], algorithms: Sequence[str]) -> Iterator[jwk
 
 
 def _public(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what verifying needs; an issuer that publishes a private key by mistake does not hand it to us."""
+    """Only the fields that verifying needs: if an issuer publishes a private key by mistake, we do not take it."""
     return {name: entry[name] for name in ("kty", "kid", "alg", "use", "n", "e", "crv", "x", "y") if name in entry}
 
 
 class Issuer:
-    """One issuer of a policy. Belongs to one event loop. Opening it asks nobody."""
+    """One issuer of a policy. Belongs to one event loop. Opening it sends no request."""
 
     def __init__(
         self,
@@ -178,9 +177,9 @@ class Issuer:
         ticks: Callable[[], float] = time.monotonic,
         failed: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`clock` gives seconds since 1970, `ticks` seconds that never step. `failed` is called for each failed fetch.
+        """`clock` gives seconds since 1970, `ticks` monotonic seconds. `failed` is called for each failed fetch.
 
-        Raises ConfigurationError: the file of keys cannot be used.
+        Raises ConfigurationError if the file of keys cannot be used.
         """
         self.table = table
         self.keys: Keys | None = None
@@ -202,10 +201,10 @@ class Issuer:
             raise ConfigurationError(f"issuer {table.alias}: {table.jwks} cannot be used: {error}") from None
 
     async def verify(self, token: str) -> Claims:
-        """The claims of a token of this issuer, once everything about it has been checked.
+        """The claims of a token of this issuer, after checking everything about it.
 
-        May wait some seconds for the issuer's keys. Raises UnauthenticatedError; UnavailableError: the issuer's keys
-        are needed but unavailable.
+        May wait some seconds for the issuer's keys. Raises UnauthenticatedError, and UnavailableError if the issuer's
+        keys are needed but unavailable.
         """
         header, _ = unverified(token)
         algorithm, key_id = header.get("alg"), header.get("kid")
@@ -259,7 +258,7 @@ class Issuer:
         return key
 
     async def current_keys(self) -> Keys:
-        """The valid keys. Fetches them when there are none; renews them in the background when they are old.
+        """The valid keys. Fetches them if there are none; renews them in the background if they are old.
 
         Raises UnavailableError.
         """
@@ -303,14 +302,14 @@ class Issuer:
         return error
 
     def _begin_to_fetch(self) -> asyncio.Task[None]:
-        """One fetch for all waiting callers."""
+        """Start one fetch for all waiting callers."""
         if self._fetching is None or not self.fetching:
             self._tried_at = self._ticks()
             self._fetching = asyncio.create_task(self._renew())
         return self._fetching
 
     async def _fetch(self) -> None:
-        await asyncio.shield(self._begin_to_fetch())  # a caller that gives up does not end it for the others
+        await asyncio.shield(self._begin_to_fetch())  # if one caller gives up, the fetch continues for the others
 
     async def _renew(self) -> None:
         try:
@@ -353,7 +352,7 @@ class Issuer:
                 raise UnavailableError(f"{where}: {error}") from None
 
     async def _document(self, session: aiohttp.ClientSession, address: str) -> dict[str, Any]:
-        """A JSON object. Raises UnavailableError, aiohttp.ClientError, OSError."""
+        """The JSON object at this address. Raises UnavailableError, aiohttp.ClientError, OSError."""
         async with session.get(address, allow_redirects=False, ssl=self._tls or True) as response:
             if response.status != 200:
                 raise UnavailableError(f"{address} answered with status {response.status}")

@@ -15,8 +15,9 @@
     name = "backup"
     can = ["read"]
 
-A rule gives rights to tokens of an issuer whose claims match, a principal to the static tokens of that name. Rights add
-up; nothing takes one away. Every key is checked: one that is unknown or mistyped makes the whole file invalid.
+A rule gives rights to the tokens of an issuer if their claims match. A principal gives rights to the static tokens of
+that name. Rights add up; nothing takes one away. Every key is checked: an unknown or mistyped one makes the whole file
+invalid.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from services.core.access import Grant, Packages, Right, matches
 MAX_POLICY_BYTES = 1 << 18
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519")
-"""The signature algorithms that a policy may name. All are asymmetric: a public key never proves anything."""
+"""The signature algorithms that a policy may name. All are asymmetric, so that nobody can sign with a public key."""
 
 DEFAULT_ALGORITHMS = ("RS256", "PS256", "ES256", "EdDSA")
 
@@ -55,13 +56,13 @@ _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _MAX_STARS = 8
-"""Each `*` of a pattern multiplies what an unfavourable text costs to compare."""
+"""Each `*` in a pattern multiplies the cost of comparing an unfavourable text."""
 
 Claims = Mapping[str, Any]
 
 
 def check_name(name: str) -> str:
-    """The name of a static token, unchanged. Raises ValueError."""
+    """The name of a static token, unchanged. Raises ValueError if it is invalid."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             "a name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with a letter or digit"
@@ -70,7 +71,7 @@ def check_name(name: str) -> str:
 
 
 def check_pattern(pattern: str) -> str:
-    """A pattern, unchanged. Raises ValueError."""
+    """A pattern, unchanged. Raises ValueError if it is invalid."""
     if not pattern:
         raise ValueError("an empty pattern matches nothing; '*' matches everything")
     if pattern.count("*") > _MAX_STARS:
@@ -79,7 +80,7 @@ def check_pattern(pattern: str) -> str:
 
 
 def check_issuer_url(url: str) -> str:
-    """An issuer's URL, unchanged. Raises ValueError: it is not https, nor http on loopback."""
+    """An issuer's URL, unchanged. Raises ValueError unless it is https, or http on loopback."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
@@ -105,20 +106,20 @@ class IssuerTable(_Table):
     """One `[[issuer]]`: whose tokens are trusted, and how they are checked."""
 
     alias: str
-    """What actors of this issuer begin with. Once events carry it, it must not change."""
+    """The prefix of this issuer's actors. It must not change once events contain it."""
     url: str
-    """The issuer as its tokens name it (`iss`), from where its keys are found by OIDC discovery."""
+    """The issuer as its tokens name it (`iss`). OIDC discovery finds its keys from this URL."""
     audience: tuple[str, ...] = Field(min_length=1)
     """A token must be meant for one of these (`aud`)."""
     client_id: str | None = Field(None, min_length=1)
-    """The client that `artifact-store login` uses at this issuer; None: nobody logs in there."""
+    """The client with which `artifact-store login` logs in at this issuer; None: nobody logs in there."""
     algorithms: tuple[str, ...] = Field(DEFAULT_ALGORITHMS, min_length=1)
     typ: str | None = Field(None, min_length=1)
-    """What the token's header must say as `typ`, in any case; None: anything."""
+    """The `typ` that the token's header must have, compared without case; None: one of the usual types."""
     ca: Path | None = None
-    """A PEM file with the authorities that vouch for the issuer; None: the system's."""
+    """A PEM file with the certificate authorities of the issuer; None: the system's."""
     jwks: Path | None = None
-    """A file with the issuer's public keys (RFC 7517). With it, the issuer is never asked."""
+    """A file with the issuer's public keys (RFC 7517). With it, no request is sent to the issuer."""
 
     @field_validator("audience", "algorithms", mode="before")
     @classmethod
@@ -181,7 +182,7 @@ class _GrantTable(_Table):
 
     @property
     def grant(self) -> Grant:
-        """What this gives."""
+        """The grant of this table."""
         return Grant(frozenset(self.can), Packages(self.producers, self.subjects))
 
 
@@ -190,7 +191,7 @@ class RuleTable(_GrantTable):
 
     issuer: str
     claims: dict[str, Any] = Field(min_length=1)
-    """Patterns by claim: text, several texts of which one must match, or a table for a claim that is an object."""
+    """Patterns by claim: a text, several texts of which one must match, or a table for a claim that is an object."""
 
     @field_validator("claims")
     @classmethod
@@ -199,7 +200,7 @@ class RuleTable(_GrantTable):
         return claims
 
     def mismatch(self, claims: Claims) -> str | None:
-        """The first claim that does not match, None when all do."""
+        """The first claim that does not match; None if all do."""
         return _mismatch(self.claims, claims)
 
 
@@ -226,7 +227,7 @@ class Policy(_Table):
         return tuple(rule.grant for rule in self.rule if rule.issuer == alias and rule.mismatch(claims) is None)
 
     def claims_of(self, alias: str) -> frozenset[str]:
-        """The names of the claims by which rules tell this issuer's tokens apart."""
+        """The names of the claims by which rules distinguish this issuer's tokens."""
         return frozenset(name for rule in self.rule if rule.issuer == alias for name in rule.claims)
 
     def grants_of_name(self, name: str) -> tuple[Grant, ...]:
@@ -249,7 +250,7 @@ def read_policy(path: Path) -> Policy:
 def read_trusted(path: Path, max_bytes: int) -> bytes:
     """The content of a file that gives rights. Blocks.
 
-    Raises ConfigurationError: every user of the machine may write it, or it is too large; OSError.
+    Raises ConfigurationError if every user of the machine may write it or it is too large, and OSError.
     """
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
@@ -261,7 +262,7 @@ def read_trusted(path: Path, max_bytes: int) -> bytes:
 
 
 def parse_policy(raw: bytes, path: Path) -> Policy:
-    """As `read_policy`, of a file's content; `path` is what messages name. Reads the files that the policy names."""
+    """As `read_policy`, for a file's content; messages name `path`. Reads the files that the policy names."""
     fault = partial(_fault, path)
     try:
         text = raw.decode("utf-8")
@@ -291,7 +292,7 @@ def parse_policy(raw: bytes, path: Path) -> Policy:
 
 
 def _check_names(policy: Policy, text: str, fault: Any) -> None:
-    """Raise for aliases and URLs that come twice, and rules of an issuer that is not there."""
+    """Raise for duplicate aliases and URLs, and for rules of an issuer that does not exist."""
     for key in ("alias", "url"):
         seen: set[str] = set()
         for number, issuer in enumerate(policy.issuer, 1):
@@ -313,7 +314,7 @@ def _check_ca(issuer: IssuerTable, place: str, fault: Any) -> None:
         return
     try:
         ssl.create_default_context(cafile=issuer.ca)
-    except OSError as error:  # ssl.SSLError is one: the file is no PEM
+    except OSError as error:  # ssl.SSLError is one: the file is not PEM
         raise fault(f"{place}: ca {issuer.ca} cannot be used: {error.strerror or error}") from None
 
 
@@ -343,7 +344,7 @@ def _place(location: Sequence[str | int], text: str) -> str:
 
 
 def _line(text: str, table: str, number: int) -> str:
-    """Where the table begins, if the file is written with a header for each."""
+    """Where the table begins, if each table in the file has a header."""
     header = re.compile(rf"\s*\[\[\s*{table}\s*\]\]\s*(#.*)?")
     lines = [count for count, line in enumerate(text.splitlines(), 1) if header.fullmatch(line)]
     return f" (line {lines[number - 1]})" if number <= len(lines) else ""
@@ -377,7 +378,7 @@ def _mismatch(patterns: Mapping[str, Any], claims: object, above: str = "") -> s
 
 
 def _texts(value: object) -> Iterator[str]:
-    """The texts that patterns are compared with: of a list those of its members, of an object none."""
+    """The texts that patterns are compared with: the members of a list; none for an object."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""Static tokens: made by `artifact-store tokens create`, kept as hashes in a file, and looked up by their hash.
+"""Static tokens: created by `artifact-store tokens create`, kept as hashes in a file, and looked up by their hash.
 
-A token is 256 random bits. SHA-256 without salt or stretching is right for it: nobody can search 2^256 values, however
-fast the hash is, and no two tokens are alike. (Passwords, which people choose, would need a slow hash.) A reader of the
+A token is 256 random bits. SHA-256 without salt or stretching is sufficient: nobody can search 2^256 values, however
+fast the hash is, and no two tokens are equal. (Passwords, which people choose, would need a slow hash.) A reader of the
 file learns who has which rights, but no token.
 """
 
@@ -26,7 +26,7 @@ from services.identity.policy import check_name, check_pattern, read_trusted
 from services.runtime.file_system import FileLock
 
 PREFIX = "artst_"
-"""What every static token begins with, so that secret scanners recognise one: this and 64 hex digits."""
+"""The prefix of every static token; 64 hex digits follow. It lets secret scanners recognise tokens."""
 
 _TOKEN = re.compile(PREFIX + "[0-9a-f]{64}")
 
@@ -40,7 +40,7 @@ _DAY = 86_400
 
 
 class StaticToken(BaseModel):
-    """One token as the file has it. Times are seconds since 1970."""
+    """One token, as stored in the file. Times are seconds since 1970."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -65,7 +65,7 @@ class StaticToken(BaseModel):
 
     @property
     def grants(self) -> tuple[Grant, ...]:
-        """The token's own rights."""
+        """The rights in the token's entry."""
         return (Grant(frozenset(self.can), Packages(self.producers, self.subjects)),) if self.can else ()
 
 
@@ -78,15 +78,15 @@ class _File(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TokenSet:
-    """The tokens of one reading of the file."""
+    """The tokens that the file held when it was read."""
 
     by_digest: dict[bytes, StaticToken]
 
     def find(self, token: str) -> StaticToken | None:
-        """The token's entry, whether it has expired or not; None when it is unknown.
+        """The token's entry, whether it has expired or not; None if it is unknown.
 
-        How long this takes says nothing about the tokens that there are: hashes are compared, and nobody can choose a
-        token by its hash.
+        The time this takes reveals nothing about existing tokens: hashes are compared, and nobody can choose a token by
+        its hash.
         """
         digest = hashlib.sha256(token.encode()).digest()
         found = self.by_digest.get(digest)
@@ -102,12 +102,12 @@ NO_TOKENS = TokenSet({})
 
 
 def is_static(token: str) -> bool:
-    """Whether this is the form of a static token."""
+    """Whether the token has the form of a static token."""
     return _TOKEN.fullmatch(token) is not None
 
 
 def read_tokens(path: Path) -> TokenSet:
-    """The tokens in the file; none when there is no file. Blocks. Raises ConfigurationError."""
+    """The tokens in the file; none if there is no file. Blocks. Raises ConfigurationError."""
     try:
         raw = read_trusted(path, MAX_FILE_BYTES)
     except FileNotFoundError:
@@ -135,10 +135,10 @@ def create_token(
     days: float | None = None,
     now: float,
 ) -> tuple[StaticToken, str]:
-    """Add a token to the file, which is created when it is missing. Returns its entry and the token itself.
+    """Add a token to the file, which is created if it is missing. Returns its entry and the token itself.
 
-    `now` is in seconds since 1970; after `days` the token expires. Blocks. Raises InvalidRequestError,
-    ConfigurationError, UnavailableError: another process holds the file's lock.
+    `now` is in seconds since 1970; the token expires after `days`. Blocks. Raises InvalidRequestError,
+    ConfigurationError, and UnavailableError if another process holds the file's lock.
     """
     token = PREFIX + secrets.token_hex(32)
     try:
@@ -163,7 +163,7 @@ def create_token(
 def revoke_tokens(path: Path, which: str) -> tuple[StaticToken, ...]:
     """Remove the token of this id, or all tokens of this name, and return them. Blocks.
 
-    Raises NotFoundError, ConfigurationError, UnavailableError: another process holds the file's lock.
+    Raises NotFoundError, ConfigurationError, and UnavailableError if another process holds the file's lock.
     """
     revoked: list[StaticToken] = []
 
@@ -179,7 +179,7 @@ def revoke_tokens(path: Path, which: str) -> tuple[StaticToken, ...]:
 
 def _change(path: Path, change: Callable[[list[StaticToken]], list[StaticToken]]) -> None:
     try:
-        path = path.resolve()  # a link stays a link; its target is replaced
+        path = path.resolve()  # a link is kept; its target is replaced
         with _locked(path):
             tokens = change(list(read_tokens(path)))
             content = _File(format=_FORMAT, tokens=tuple(tokens)).model_dump_json(indent=1).encode()
