@@ -801,7 +801,10 @@ class AdminClient(_Client):
             identity = base64.urlsafe_b64encode(cluster.identity.bytes).decode().rstrip("=")
             return SimpleNamespace(
                 topic_id=identity,
-                partitions=[SimpleNamespace(replicas=list(cluster.brokers)) for _ in cluster.partitions],
+                partitions=[
+                    SimpleNamespace(id=part.number, replicas=list(cluster.brokers), isr=sorted(part.isr))
+                    for part in cluster.partitions
+                ],
             )
 
         return {self._cluster.topic: _Answer(ask)}
