@@ -11,6 +11,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +22,14 @@ from typing import IO
 
 from blake3 import blake3
 
-from artifact_store.byte_streams import CHUNK_BYTES, Result, from_any, read_chunk, to_its_end
+from artifact_store.byte_streams import CHUNK_BYTES, Result, ended, from_any, read_chunk, to_its_end
 from artifact_store.errors import ContentMismatchError
 
 _READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 """If the name has become a pipe since the walk, do not block; if it has become a link, do not follow it."""
+
+_HASHERS = ThreadPoolExecutor(thread_name_prefix="file-hash")
+"""Separate threads: hashing a large file takes long, and other reads and look-ups of hosts must not wait for it."""
 
 
 class BodySource(ABC, AsyncIterable[bytes]):
@@ -158,7 +162,8 @@ class FileSource(BodySource):
     async def blake3(self) -> bytes:
         """See `BodySource`. One thread reads and hashes."""
         given_up = Event()
-        return await to_its_end(partial(self._hash_now, given_up), given_up)
+        hashing = asyncio.get_running_loop().run_in_executor(_HASHERS, self._hash_now, given_up)
+        return await ended(hashing, given_up)
 
     def _hash_now(self, given_up: Event) -> bytes:
         hashed = blake3()

@@ -278,3 +278,26 @@ async def test_pieces_are_joined_into_chunks_of_a_mebibyte_at_most(sizes: tuple[
         assert all(0 < len(chunk) <= 1 << 20 for chunk in chunks)
     assert source.size_bytes == sum(sizes)
     assert b"".join([chunk async for chunk in source.behind(3)]) == b"".join(pieces)[3:]
+
+
+async def test_reads_do_not_wait_for_files_that_are_being_hashed(tmp_path: Path) -> None:
+    begun, end, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+
+    class Slow(FileSource):
+        def _hash_now(self, given_up: threading.Event) -> bytes:
+            loop.call_soon_threadsafe(begun.set)
+            assert end.wait(30)
+            return super()._hash_now(given_up)
+
+    path = tmp_path / "a"
+    path.write_bytes(b"some bytes")
+    stamp = FileStamp.of(path.stat())
+    hashing = [asyncio.create_task(Slow(path, stamp).blake3()) for _ in range(64)]
+    try:
+        async with asyncio.timeout(5):
+            await begun.wait()
+            assert await FileSource(path, stamp).read_whole() == b"some bytes"
+    finally:
+        end.set()
+        digests = await asyncio.gather(*hashing)
+    assert set(digests) == {blake3(b"some bytes").digest()}
