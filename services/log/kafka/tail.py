@@ -69,7 +69,7 @@ class Reader:
             return found
 
     def take_values(self, limit: int, timeout: float) -> tuple[list[bytes | None], int]:
-        """Wait for the next `limit` records, at most a hundred at a time. After `timeout` seconds, return what came.
+        """Wait for the next `limit` records, at most fifty at a time. After `timeout` seconds, return what came.
 
         Returns their values, and the offset of the last (0 if there are none). Raises as `take`.
         """
@@ -115,7 +115,7 @@ class Reader:
         self._consumer.close()
 
 
-_TAKEN_AT_ONCE = 100
+_TAKEN_AT_ONCE = 50
 """A message takes about fifteen blocks of memory, because the client splits its headers. Two thousand messages exceed a
 processor's cache, and creating and freeing them then takes three times as long."""
 
