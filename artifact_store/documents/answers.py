@@ -34,6 +34,8 @@ def ingested(body: bytes) -> Acknowledgement:
     def make(found: Any) -> Acknowledgement:
         done = _acknowledgement(found)
         done.files = tuple(map(_file, found.get("files", (found,))))
+        if not done.files:
+            raise ValueError("no file")
         return done
 
     return _made(body, make)
@@ -75,7 +77,10 @@ def packages(body: bytes) -> Page[Package]:
 
 def _made(body: bytes, make: Callable[[Any], Made]) -> Made:
     try:
-        return make(json.loads(body))
+        found = json.loads(body.decode())
+        if b"\\u" in body:
+            json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate, which JSON can escape
+        return make(found)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ArtifactStoreError):
         raise CorruptError("the gateway's answer is not one to this request: is this the URL of a gateway?") from None
 
@@ -84,7 +89,7 @@ def _acknowledgement(found: Any) -> Acknowledgement:
     position = found.get("position")
     return Acknowledgement(
         UUID(found["package_id"]),
-        _number(found["sequence"]),
+        _number(found["sequence"], least=1),
         _digest(found["event_digest"]),
         position=None if position is None else Position.parse(position),
     )
@@ -97,7 +102,7 @@ def _file(found: Any) -> IngestedFile:
         _number(found["size_bytes"]),
         _address(found["content_address"]),
         _digest(found["sha256"]),
-        _number(found["sequence"]),
+        _number(found["sequence"], least=1),
         _digest(found["event_digest"]),
     )
 
@@ -115,7 +120,7 @@ def _package(found: Any) -> Package:
         status=_text(found["status"]),
         metadata=found["metadata"],
         manifest_digest=None if manifest is None else ContentAddress.parse(manifest),
-        last_event_sequence=_number(found["last_event_sequence"]),
+        last_event_sequence=_number(found["last_event_sequence"], least=1),
         created_at=times.from_text(found["created_at"]),
         finalized_at=None if finalized_at is None else times.from_text(finalized_at),
         parked=None if parked is None else _parked(parked),
@@ -136,8 +141,8 @@ def _address(text: Any) -> bytes:
 
 def _digest(text: Any) -> bytes:
     digest = bytes.fromhex(text)
-    if len(digest) != _DIGEST_BYTES:
-        raise ValueError("no digest of 32 bytes")
+    if len(digest) != _DIGEST_BYTES or digest.hex() != text:
+        raise ValueError("no digest of 32 bytes in lower-case hex")
     return digest
 
 
@@ -147,7 +152,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _number(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError("no number from 0")
+def _number(value: Any, *, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise TypeError(f"no number from {least}")
     return value

@@ -159,12 +159,15 @@ _ANSWER: dict[str, Any] = {
 
 _WRONG: dict[str, tuple[object, ...]] = {
     "package_id": (None, 7, "seven", []),
-    "sequence": (None, "2", -1, 2.0, True),
-    "event_digest": (None, 7, "00", "zz" * 32),
+    "sequence": (None, "2", -1, 0, 2.0, True),
+    "event_digest": (None, 7, "00", "zz" * 32, "AB" * 32, "00 " * 32),
     "position": (7, "nowhere"),
-    "files": (None, 7, [7], [{}], [{**_ANSWER["files"][0], "relative_path": 7}]),
-    "manifest_digest": (None, 7, "blake3:00"),
-    "unportable_paths": ([{"path": "a"}],),
+    "files": (
+        *(None, 7, [7], [{}], [], {}),
+        *([{**_ANSWER["files"][0], "relative_path": wrong}] for wrong in (7, "\ud800")),
+    ),
+    "manifest_digest": (None, 7, "blake3:00", "blake3:" + "AB" * 32),
+    "unportable_paths": ([{"path": "a"}], [{"path": "a", "other": "\ud800"}]),
 }
 
 
@@ -196,7 +199,7 @@ def test_an_answer_to_a_push_that_is_no_object_is_corrupt() -> None:
         answers.packages,
     )
     for read in readers:
-        for body in (b"", b"\xff", b"[]", b"7", b"{}", b"[" * 100_000):
+        for body in (b"", b"\xff", b"\xef\xbb\xbf{}", b"[]", b"7", b"{}", b"[" * 100_000):
             with pytest.raises(CorruptError):
                 read(body)
     assert answers.known_blobs(b'{"known":["blake3:%s"]}' % (b"01" * 32)) == {b"\1" * 32}
