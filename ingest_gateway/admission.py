@@ -1,14 +1,15 @@
 """Admission: how many connections, transfers, followers and bytes in memory one gateway process takes at a time.
 
-No client gets more than half of the places or of the room of a kind, so that one alone never keeps out all others. A
-client is an IPv4 address or a /64 of IPv6: all clients behind a proxy that hides their addresses count as one.
+No client gets more than half of the places or of the room of a kind, so that one client alone never keeps out all
+others. A client is an IPv4 address or a /64 of IPv6: all clients behind a proxy that hides their addresses count as
+one.
 
 Quotas bound how much one principal may add to the registry in an hour, through one gateway process. They are counted
-in memory: neither PostgreSQL nor another gateway is asked, so writes go on without either, and a process that starts
-again counts from zero. With N processes a principal gets up to N times as much. A quota is refilled over the hour. A
-body that has begun is never cut off for a quota: what it takes beyond it counts against the time that follows.
-`OpenUploads` bounds the resumable uploads that one principal holds open at a time. Where nothing proves who sends, an
-address is the principal.
+in memory, without PostgreSQL or other gateways: writes continue if these are unavailable, and a process that restarts
+counts from zero. With N processes a principal gets up to N times as much. A quota refills over the hour. A body that
+has begun is never cut off for a quota: its excess counts against the time that follows. `OpenUploads` bounds the
+resumable uploads that one principal holds open at a time. If nothing proves who the sender is, the address is the
+principal.
 
 `Followers` are clients that follow events, and stay until the gateway closes.
 """
@@ -36,13 +37,13 @@ from services.registry.bundle_store import BUNDLES_AT_ONCE
 _log = logging.getLogger(__name__)
 
 Transfer = Literal["uploads", "downloads"]
-"""Requests that move many bytes, and so have places of their own."""
+"""Requests that move many bytes, and therefore have separate places."""
 
 MAX_DOWNLOADS = 128
-"""How many downloads may run at a time. Each may hold a connection to the blob store, and uploads need some too."""
+"""Maximum number of concurrent downloads. Each may hold a connection to the blob store, and uploads need some too."""
 
 MAX_READS = 128
-"""How many clients may read events to the log's end at a time; `event_tail` lets a few of them read at once."""
+"""How many clients may read events up to the log's end at a time; `event_tail` lets a few of them read at once."""
 
 MAX_FOLLOWERS = 1000
 
@@ -50,7 +51,7 @@ JSON_ROOM_BYTES = 64 << 20
 """Bytes of JSON bodies that may be held at a time, until they are parsed."""
 
 HEADS_ROOM_BYTES = 16 << 20
-"""Bytes of request heads that may be held at a time, each from its first byte until the request is answered."""
+"""Bytes of request heads that may be held at a time, each from its first byte until its request is answered."""
 
 _RETRY_SECONDS = 2.0
 _OTHER_DESCRIPTORS = 512
@@ -59,7 +60,7 @@ _OTHER_DESCRIPTORS = 512
 _WANTED_DESCRIPTORS = 65_536
 
 Refused = Callable[[str, int], None]
-"""Called with the kind of what was refused for lack of a place or of room, and how often: 0 makes the kind known."""
+"""Called with a kind of place or room, and how often it was refused because none was left. 0 makes the kind known."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class Bounds:
     json_room_bytes: int = JSON_ROOM_BYTES
     """Bytes of JSON bodies that may be held at a time."""
     body_idle_seconds: float = 60.0
-    """How long a body may make no progress, and the time over which its pace is measured; the same for answers."""
+    """How long a body may make no progress, and the time over which its pace is measured. Also applies to answers."""
     body_bytes_per_second: float = 1024.0
-    """The slowest pace at which a client may send a body or take an answer."""
+    """The slowest pace at which a client may send a body or receive an answer."""
     quotas: Mapping[str, int] = field(default_factory=dict)
-    """What a principal may use in an hour, by the values of `Quota`."""
+    """How much a principal may use in an hour, by the values of `Quota`."""
     heartbeat_seconds: float = 10.0
     """How often a follower without events gets an empty line or a comment, which keeps its connection open."""
 
@@ -90,7 +91,7 @@ class TooManyAtOnceError(PushBackError, problem="too-many-at-once", status=429):
 
 
 class _Shares:
-    """How much of one kind each client holds, and all together. Belongs to one event loop."""
+    """How much of one kind each client holds, and all clients together. Belongs to one event loop."""
 
     def __init__(self, what: str, limit: int, refused: Refused) -> None:
         self.what = what
@@ -102,7 +103,8 @@ class _Shares:
         refused(what, 0)
 
     def take(self, client: str, more: int, *, none_left: str, enough: str) -> None:
-        """Raises PushBackError with the text `none_left`; TooManyAtOnceError with the text `enough`."""
+        """Count `more` for the client. Raises PushBackError with the text `none_left` if nothing is left,
+        TooManyAtOnceError with the text `enough` if the client would hold too much."""
         if self.all + more > self.limit:
             self._refused(self.what, 1)
             raise PushBackError(none_left, _RETRY_SECONDS)
@@ -113,7 +115,7 @@ class _Shares:
         self._of[client] += more
 
     def give(self, client: str, less: int) -> None:
-        """Give back what this client holds."""
+        """Give back `less` of what this client holds."""
         self.all -= less
         self._of[client] -= less
         if not self._of[client]:
@@ -132,7 +134,7 @@ class Places:
     def take(self, client: str) -> None:
         """Take a place, which `give` gives back.
 
-        Raises PushBackError: all are taken. TooManyAtOnceError: this client holds as many as one may.
+        Raises PushBackError if all are taken, TooManyAtOnceError if this client holds as many as one client may.
         """
         shares = self._shares
         shares.take(
@@ -148,7 +150,7 @@ class Places:
 
     @contextmanager
     def place(self, client: str) -> Iterator[None]:
-        """A place for the length of the block. Raises as `take`."""
+        """Hold a place during the block. Raises as `take`."""
         self.take(client)
         try:
             yield
@@ -168,7 +170,7 @@ class Room:
     def take(self, client: str, more: int) -> None:
         """Take more bytes for this client, which `give` gives back.
 
-        Raises PushBackError: there is no room. TooManyAtOnceError: the client holds as much as one may.
+        Raises PushBackError if there is no room, TooManyAtOnceError if the client holds as much as one client may.
         """
         self._shares.take(client, more, none_left=self._none_left, enough=self._enough)
 
@@ -196,7 +198,7 @@ class Room:
 
 
 class Admission:
-    """All places and rooms of one gateway, and its requests under way. Belongs to one event loop."""
+    """All places and rooms of one gateway, and its requests in progress. Belongs to one event loop."""
 
     def __init__(self, bounds: Bounds, refused: Refused) -> None:
         """`refused` counts refusals by their kind."""
@@ -206,31 +208,31 @@ class Admission:
             "downloads": Places("downloads", bounds.max_downloads, refused),
         }
         self.archives = Places("archives", BUNDLES_AT_ONCE, refused)
-        """As many as bundles are read at a time: a client with a place never waits, and none holds all."""
+        """As many places as bundles are read at a time: a client with a place never waits, and none holds all."""
         self.reads = Places("reads of events", bounds.max_reads, refused)
         self.heads = Room("heads", HEADS_ROOM_BYTES, refused)
         self.json = Room("JSON", bounds.json_room_bytes, refused)
         self.parsing = asyncio.Lock()
-        """Held while a large JSON body is parsed: as objects it takes many times its bytes."""
+        """Held while a large JSON body is parsed: its objects take many times its size."""
         self.draining = False
         self.in_flight = 0
-        """How many requests are under way."""
+        """The number of requests in progress."""
         self._idle = asyncio.Event()
         self._idle.set()
 
     def begin(self) -> None:
-        """Count a request as under way, until `end`."""
+        """Count a request as in progress until `end`."""
         self.in_flight += 1
         self._idle.clear()
 
     def end(self) -> None:
-        """A request that `begin` counted is answered."""
+        """Note that a request that `begin` counted is answered."""
         self.in_flight -= 1
         if not self.in_flight:
             self._idle.set()
 
     async def drain(self, seconds: float) -> None:
-        """Wait up to `seconds` until every request is answered. From now on answers close their connections."""
+        """Wait up to `seconds` until every request is answered. From now on, answers close their connections."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
@@ -257,20 +259,20 @@ def connections_within(wanted: int, forwarded: int = 0) -> int:
 
 _HOUR_SECONDS = 3600.0
 _MOST_KNOWN = 10_000
-"""Principals whose use is remembered, beside those who owe: the rest has used nothing for an hour."""
+"""Above this number of remembered principals, those that have used nothing for an hour are forgotten."""
 
 
 class Quota(StrEnum):
-    """What is counted."""
+    """What a quota counts."""
 
     PACKAGES = "packages"
     BYTES = "bytes"
     """Of request bodies."""
     METADATA_BYTES = "metadata bytes"
     RESUMABLE_UPLOADS = "resumable uploads"
-    """That are begun: each may lie open for a day."""
+    """Resumable uploads that are begun in the hour: each may stay open for a day."""
     OPEN_UPLOADS = "open uploads"
-    """Resumable ones at a time; see `OpenUploads`."""
+    """Resumable uploads that are open at the same time; see `OpenUploads`."""
 
 
 class QuotaExceededError(PushBackError):
@@ -282,7 +284,7 @@ class QuotaExceededError(PushBackError):
 
 @dataclass(slots=True)
 class _Use:
-    """How much of an hour's quota is used, at a time of the clock; it decays at the pace of the quota."""
+    """How much of an hour's quota was used at a time of the clock. It decays at the pace of the quota."""
 
     amount: float = 0.0
     at: float = 0.0
@@ -290,7 +292,7 @@ class _Use:
 
 @dataclass(slots=True)
 class Quotas:
-    """The quotas of one gateway process, by kind, for an hour; a kind may have none. Belongs to one event loop."""
+    """The hourly quotas of one gateway process, by kind. A kind may have none. Belongs to one event loop."""
 
     limits: dict[Quota, int] = field(default_factory=dict)
     refused: Refused = lambda _, __: None
@@ -298,7 +300,7 @@ class Quotas:
     _used: dict[tuple[Quota, str], _Use] = field(default_factory=dict)
 
     def require(self, quota: Quota, principal: str) -> None:
-        """Raise QuotaExceededError while the principal has used all that it may."""
+        """Raise QuotaExceededError while the principal's quota is used up."""
         limit = self.limits.get(quota)
         if limit is None:
             return
@@ -311,7 +313,7 @@ class Quotas:
             )
 
     def count(self, quota: Quota, principal: str, amount: int) -> None:
-        """Count what is used, also beyond the quota."""
+        """Count `amount` as used, even beyond the quota."""
         limit = self.limits.get(quota)
         if limit is None:
             return
@@ -338,23 +340,23 @@ _OPEN_RETRY_SECONDS = 30.0
 
 @dataclass(slots=True)
 class OpenUploads:
-    """The resumable uploads that each principal holds open, by this gateway process. Belongs to one event loop.
+    """The resumable uploads that each principal holds open through this gateway process. Belongs to one event loop.
 
-    An upload may end at another process. So a principal that holds as many as it may is not refused before the blob
-    store was asked for some of them, those that have not been asked for longest first.
+    An upload may end at another process. So before a principal at its limit is refused, the blob store is asked about
+    some of its uploads, those first that were not checked for the longest time.
     """
 
     limit: int | None = None
     refused: Refused = lambda _, __: None
     clock: Callable[[], float] = time.monotonic
     _held: dict[str, dict[UUID, float]] = field(default_factory=dict)
-    """By principal the uploads and when each would be swept."""
+    """By principal, the uploads and when each would be swept."""
 
     async def take(self, principal: str, upload_id: UUID, is_open: Callable[[UUID], Awaitable[bool]]) -> bool:
-        """Count an upload that is about to begin, until `end`; whether it was not counted already.
+        """Count an upload that is about to begin, until `end`. Returns False if it was counted already.
 
-        `is_open` asks the store for another one. Raises QuotaExceededError: the principal holds as many others as it
-        may.
+        `is_open` asks the store about another upload. Raises QuotaExceededError if the principal holds as many others
+        as it may.
         """
         if self.limit is None or upload_id in self._held.get(principal, ()):
             return False
@@ -374,14 +376,14 @@ class OpenUploads:
         return True
 
     def touch(self, principal: str, upload_id: UUID) -> None:
-        """The upload is open now."""
+        """Note that the upload is open now."""
         if self.limit is not None:
             held = self._held.setdefault(principal, {})
             held.pop(upload_id, None)
             held[upload_id] = self.clock() + IDLE_SECONDS
 
     def end(self, principal: str, upload_id: UUID) -> None:
-        """The upload became a file, or is gone. Nothing happens if it was not counted."""
+        """Note that the upload became a file, or is gone. Has no effect if it was not counted."""
         held = self._held.get(principal, {})
         held.pop(upload_id, None)
         if not held:
@@ -423,12 +425,12 @@ class Followers:
 
     @asynccontextmanager
     async def stay(self, client: str, until: float | None = None) -> AsyncIterator[Callable[[], None]]:
-        """Hold a place for the length of the block. The block ends early, without an error, when the gateway closes.
+        """Hold a place during the block. The block ends early, without an error, when the gateway closes.
 
-        It also does at `until`, by the event loop's clock, and when the function is called that this yields: the place
-        is free at once then, although the block takes a while to end.
+        It also ends at `until`, by the event loop's clock, and when the yielded function is called: the place is then
+        free at once, although the block takes a while to end.
 
-        Raises as `Places.take`; PushBackError when the gateway closes.
+        Raises as `Places.take`, and PushBackError while the gateway closes.
         """
         if self._closing:
             raise gateway_closes()

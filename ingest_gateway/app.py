@@ -67,7 +67,7 @@ PROBES = frozenset(route.template for route in operations.ROUTES)
 METRICS = "/metrics"
 
 Find = Callable[[Call], Awaitable[tuple[Route, Mapping[str, str]]]]
-"""Finds the route of a request and its raw path parameters, and raises when the sender may not call it."""
+"""Finds the route of a request and its raw path parameters. Raises if the sender may not call the route."""
 
 _METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
 
@@ -94,11 +94,11 @@ class App:
         self._apart = allowed_hosts
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request. An error becomes a problem document or, once an answer has begun, cuts the connection."""
+        """Answer a request. An error becomes a problem document; once the answer has begun, it cuts the connection."""
         return await self._handle(Call(self.gateway, request), self._find)
 
     async def handle_apart(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request that came by the listener for metrics and probes, where nobody has tokens."""
+        """Answer a request to the listener for metrics and probes, which needs no token."""
         return await self._handle(Call(self.gateway, request), self._find_apart)
 
     async def _handle(self, call: Call, find: Find) -> web.StreamResponse:
@@ -187,7 +187,7 @@ class App:
     async def _authorize(self, call: Call, route: Route) -> None:
         """Raise UnauthenticatedError or ForbiddenError unless the sender may call the route.
 
-        A method that a header puts in the place of the request's own needs its own route's rights as well.
+        If a header overrides the request's method, the rights of the route of that method are needed as well.
         """
         meant = call.request.headers.getall(METHOD_OVERRIDE, ())
         wanted = {route.access, *self._routes.access(route.template, meant)} if meant else {route.access}
@@ -266,7 +266,7 @@ class App:
 def _is_unseen(call: Call) -> bool:
     """Whether the request was for a package, file or upload that is missing, or that its sender may not know of.
 
-    Which of the two it was is not looked up, so that strangers cannot make the gateway ask the views for it.
+    It is not looked up which of the two is the case, so that strangers cannot make the gateway query the views.
     """
     error = call.refused_by
     if error is None or call.principal.scope(Right.READ).everywhere:
@@ -284,8 +284,8 @@ _REST = "{relative_path}"
 class Routes:
     """The table of routes, searched by the raw segments of a path.
 
-    aiohttp's own router matches the decoded path, in which `%2e` and `%25` are no longer what the client sent. A
-    relative path must be judged as it came (docs/decisions/http.md).
+    aiohttp's router matches the decoded path, in which `%2e` and `%25` are no longer what the client sent. A relative
+    path must be judged as it was sent (docs/decisions/http.md).
     """
 
     def __init__(self, routes: Iterable[Route]) -> None:
@@ -300,12 +300,12 @@ class Routes:
             self._root.add(template.split("/"), template)
 
     def access(self, template: str, methods: Iterable[str]) -> set[Access]:
-        """Who may call the resource of this template by any of these methods."""
+        """Who may call the resource of this template with any of these methods."""
         routes = self._resources[template]
         return {routes[method].access for method in methods if method in routes}
 
     def find(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
-        """The route and its raw path parameters; HEAD goes where GET does.
+        """The route and its raw path parameters. HEAD has the route of GET.
 
         Raises UnknownResourceError, MethodNotAllowedError.
         """
@@ -322,18 +322,18 @@ class Routes:
 
 
 class _Node:
-    """What may follow some segments of a path: certain segments, else any one, else any number of them."""
+    """What may follow some segments of a path: certain segments, otherwise any one, otherwise any number of them."""
 
     __slots__ = ("any", "certain", "name", "rest", "template")
 
     def __init__(self) -> None:
         self.template: str | None = None
-        """The template that ends here,"""
+        """The template that ends here."""
         self.rest: str | None = None
-        """and the one that goes on to the path's end."""
+        """The template whose last parameter matches the rest of the path."""
         self.certain: dict[str, _Node] = {}
         self.name = ""
-        """The name of the parameter that any segment is."""
+        """The name of the parameter that matches any segment."""
         self.any: _Node | None = None
 
     def add(self, parts: list[str], template: str) -> None:

@@ -1,8 +1,8 @@
 """Compressed bodies, decoded while they stream: gzip (RFC 1952) and Zstandard (RFC 8878), bounded in every direction.
 
-A few bytes can expand to gigabytes: each step gives at most one piece, and the ratio of expansion is bounded. So is the
-number of members or frames that hold next to nothing, because each costs a decoder. A Zstandard window above 8 MiB is
-refused, as RFC 9659 asks for content codings.
+A few bytes can expand to gigabytes: each step returns at most one piece, and the ratio of expansion is bounded. The
+number of almost empty members or frames is bounded too, because each costs a decoder. A Zstandard window above 8 MiB is
+refused, as RFC 9659 requires for content codings.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ else:
     from backports import zstd
 
 PIECE_BYTES = 1 << 20
-"""Most bytes that one step returns."""
+"""Maximum number of bytes that one step returns."""
 
 MAX_RATIO = 200
-"""Most decompressed bytes for each compressed byte, once FREE_BYTES are exceeded: more is a bomb, not an archive."""
+"""Maximum ratio of decompressed to compressed bytes beyond FREE_BYTES: more is a bomb, not an archive."""
 
 FREE_BYTES = 64 << 20
-"""Decompressed bytes up to which the ratio does not matter: a log full of zeros compresses ten thousand times."""
+"""Up to this many decompressed bytes any ratio is allowed: a log full of zeros compresses ten thousand times."""
 
 FREE_FRAMES = 64
-"""Members or frames allowed whatever they hold; beyond them one for each FRAME_BYTES of the archive."""
+"""So many members or frames may have any size. Beyond that, one is allowed for each FRAME_BYTES of the archive."""
 
 FRAME_BYTES = 512
 
@@ -43,7 +43,7 @@ _GZIP_WINDOW = 31  # zlib's number for gzip with the largest window
 class _Decoder(Protocol):
     """Decodes one member or frame. `decompress` returns at most `max_length` bytes and keeps the rest.
 
-    It copies input after the end into `unused_data`.
+    It copies input that follows the end into `unused_data`.
     """
 
     @property
@@ -96,7 +96,8 @@ CODINGS = frozenset(_DECODERS)
 async def decoded(body: AsyncIterable[bytes], coding: str) -> AsyncIterator[bytes]:
     """The decoded body, in pieces of at most PIECE_BYTES; decoding runs in threads.
 
-    Raises (on iteration) InvalidArchiveError: it is not in this coding, or cut off. TooLargeError: it expands too much.
+    On iteration, raises InvalidArchiveError if the body is not in this coding or is cut off, TooLargeError if it
+    expands too much.
     """
     decoding = _Decoding(coding)
     async for chunk in body:
@@ -114,18 +115,18 @@ class _Decoding:
         self._decoder: _Decoder = _DECODERS[coding]()
         self._fresh = True  # whether the decoder has had no input yet
         self._data = memoryview(b"")
-        self._at = 0  # how much of it a decoder has had
+        self._at = 0  # how much of it was given to a decoder
         self._frames = 1
         self._in = 0
         self._out = 0
 
     def take(self, data: bytes) -> None:
-        """Take a piece of the body, once `give` has returned all of the one before it."""
+        """Take a piece of the body. `give` must have returned all of the previous piece."""
         self._data, self._at = memoryview(data), 0
         self._in += len(data)
 
     def give(self) -> bytes:
-        """The next piece; empty when more has to be taken first. Blocks."""
+        """The next piece; empty if more has to be taken first. Blocks."""
         pieces: list[bytes] = []
         room = PIECE_BYTES
         while room and (self._at < len(self._data) or not self._decoder.needs_input):
@@ -162,7 +163,7 @@ class _Decoding:
         return piece
 
     def close(self) -> None:
-        """Raises InvalidArchiveError: the body ended within a member or frame, or held none."""
+        """Raises InvalidArchiveError if the body ended within a member or frame, or contained none."""
         if self._fresh or not self._decoder.eof:
             raise InvalidArchiveError(f"the body is cut off: its {self._coding} stream is incomplete")
 

@@ -1,12 +1,12 @@
 """Connections: aiohttp's HTTP with our limits, and problem documents for requests that cannot be parsed.
 
-A connection for which there is no place is accepted all the same, so that its client learns why and when to retry: it
-gets the answer to one request and is closed. Few such connections exist at a time, and none stays long.
+A connection for which there is no place is still accepted, so that its client learns why and when to retry: it gets the
+answer to one request and is closed. Few such connections exist at a time, and none stays long.
 
-`AllowedHosts` are the names that a gateway is reached by, and the defence against pages of strangers. A page in a
-browser sends to whatever its own name resolves to. When its owner lets that name resolve to 127.0.0.1 (DNS rebinding),
-the browser takes a gateway on loopback for the page's own server. `Host` still has the page's name then. A page that
-sends to another name shows itself by `Origin` (Fetch standard).
+`AllowedHosts` are the names of a gateway, and the defence against foreign web pages. A page in a browser sends requests
+to the addresses of its own name. If its owner makes that name resolve to 127.0.0.1 (DNS rebinding), the browser takes a
+gateway on loopback for the page's server. `Host` still has the page's name then. A page that sends to another name is
+recognised by `Origin` (Fetch standard).
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may be idle, or take to send the head of its first request."""
 
 QUIET_SECONDS = 0.5
-"""How long a connection has been idle when a gateway that stops closes it."""
+"""While it stops, a gateway closes connections that have been idle for this long."""
 
 _LOOK_SECONDS = 0.02
 
 _SITE_BITS = 64
 
 MAX_EXCESS = 128
-"""How many connections without a place may exist at a time; further ones are aborted."""
+"""How many connections without a place may exist at a time. Further ones are aborted."""
 
 EXCESS_SECONDS = 10.0
-"""How long one of them may stand; also how long the rest of a body is read that nobody wants."""
+"""How long one of them may exist; also how long the rest of an unwanted body is read."""
 
 
 class Connection(web.RequestHandler):
-    """One client's connection. `refusal` says why it has no place; None when it has one."""
+    """One client's connection. `refusal` says why it has no place; None if it has one."""
 
     __slots__ = ("_client", "_cut_off", "_heads", "_leaving", "_server", "refusal")
 
@@ -111,8 +111,8 @@ class Connection(web.RequestHandler):
     async def start(self) -> None:
         """Answer requests until the connection ends.
 
-        An answer that is cut off ends it by an error. The tracebacks of the error and of its cause hold frames, which
-        hold the task, which holds the error. Only a full collection would find that, and all that waits for the client.
+        If an answer is cut off, an error ends it. The tracebacks of the error and of its cause hold frames, which hold
+        the task, which holds the error. Only a full garbage collection would free this cycle, and all that it holds.
         """
         try:
             await super().start()
@@ -137,9 +137,9 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to a head that the parser refused. `App` answers all other errors itself.
+        """The answer to a head that the parser refused. `App` answers all other errors.
 
-        Raises ConnectionError: an answer has begun, or there is nobody to answer.
+        Raises ConnectionError if an answer has begun, or if there is nobody to answer.
         """
         if request.writer.output_size > 0 or status != 400:
             self._cut_off = ConnectionResetError("the answer was cut off")
@@ -153,11 +153,11 @@ class Connection(web.RequestHandler):
         )
 
     def _is_idle(self) -> bool:
-        """Whether no request is being answered or waits for its answer."""
+        """Whether no request is being answered or waiting for its answer."""
         return self._current_request is None and not self._messages
 
     def quiet_since(self) -> float | None:
-        """When the last answer ended, on the event loop's clock (s); None while a request is under way or has begun."""
+        """When the last answer ended, on the event loop's clock (s); None while a request arrives or is in progress."""
         if self._waiter is None or self._waiter.done() or self._heads is None or self._heads.has_begun:
             return None
         return self._next_keepalive_close_time - KEEP_ALIVE_SECONDS
@@ -169,7 +169,7 @@ class Connection(web.RequestHandler):
 
 
 class _RefusedHeadError(BadHttpMessage):
-    """A head that is too large or for which there is no room, as the base class expects it from a parser."""
+    """A head that is too large, malformed, or without room: in the form that aiohttp expects from a parser."""
 
     def __init__(self, reason: ArtifactStoreError) -> None:
         super().__init__(reason.detail)
@@ -179,8 +179,8 @@ class _RefusedHeadError(BadHttpMessage):
 class _BoundedParser:
     """aiohttp's parser of one connection, with a bound for each head and for the heads of all connections together.
 
-    The parser bounds only a line and the number of lines, and so lets a head grow to 4 MiB. Where a head begins is
-    known only after the parser has read a piece, so pieces are small where a body may end.
+    The parser bounds only the line length and the number of lines, and so lets a head grow to 4 MiB. The beginning of
+    a head is known only after the parser has read a piece, so pieces are small where a body may end.
     """
 
     def __init__(self, parser: Any, room: Room, client: str, is_idle: Callable[[], bool]) -> None:
@@ -190,11 +190,11 @@ class _BoundedParser:
         self._client = client
         self._is_idle = is_idle
         self._held = 0
-        """Bytes of the room that are taken."""
-        self._head = 0  # bytes of the head that has begun
-        self._body: Any = None  # where the body goes that has begun
-        self._left: int | None = None  # bytes that it lacks, None where chunks tell its end
-        self._last = b""  # bytes of it
+        """How many bytes of the room are taken."""
+        self._head = 0  # bytes of the current head
+        self._body: Any = None  # the payload of the current body
+        self._left: int | None = None  # bytes that it still lacks; None if chunks determine its end
+        self._last = b""  # its last bytes
         self._failed = False
 
     def __getattr__(self, name: str) -> Any:
@@ -224,7 +224,7 @@ class _BoundedParser:
 
     @property
     def has_begun(self) -> bool:
-        """Whether bytes of a head have come, and not yet its end."""
+        """Whether a head has begun and not ended yet."""
         return self._head > 0
 
     def _fail(self) -> None:
@@ -287,7 +287,7 @@ class _BoundedParser:
 
 
 def _length_of(headers: Mapping[str, str]) -> int:
-    """The body's length. Raises _RefusedHeadError for what `int` cannot read: aiohttp's parser takes any digits."""
+    """The body's length. Raises _RefusedHeadError if it has too many digits: aiohttp's parser accepts any number."""
     length = parse_number(headers.get("Content-Length", "0"))
     if length is None:
         raise _RefusedHeadError(MalformedHttpError("Content-Length is not a number of at most 19 digits", _CLOSE))
@@ -295,7 +295,7 @@ def _length_of(headers: Mapping[str, str]) -> int:
 
 
 class Server(web.Server):
-    """Makes a connection for every client."""
+    """Creates a connection for every client."""
 
     def __init__(
         self,
@@ -304,7 +304,7 @@ class Server(web.Server):
         places: Places,
         heads: Room,
     ) -> None:
-        """`refuse` answers a head that was refused; all connections share `places` and `heads`."""
+        """`refuse` answers a refused head. All connections share `places` and `heads`."""
         super().__init__(handler)
         self.refuse = refuse
         self.places = places
@@ -315,9 +315,9 @@ class Server(web.Server):
         return Connection(self)
 
     async def let_go(self) -> None:
-        """Close every connection once it has been quiet for QUIET_SECONDS. Returns when none is left.
+        """Close every connection once it has been idle for QUIET_SECONDS. Returns when none is left.
 
-        After an answer with `Connection: close`, a client sends no other request on that connection. After any other
+        After an answer with `Connection: close`, a client sends no further request on that connection. After any other
         answer it may be sending one at this moment, which would be lost.
         """
         loop = asyncio.get_running_loop()
@@ -329,7 +329,7 @@ class Server(web.Server):
             await asyncio.sleep(_LOOK_SECONDS)
 
     def exceeded(self, connection: Connection) -> None:
-        """Keep a connection without a place for EXCESS_SECONDS, or abort it when there are too many."""
+        """Keep a connection without a place for EXCESS_SECONDS, or abort it if there are too many."""
         if len(self.excess) >= MAX_EXCESS:
             connection.cut()
             return
@@ -338,14 +338,14 @@ class Server(web.Server):
 
 
 def client_of(protocol: web.RequestHandler) -> str:
-    """The client that limits are counted for: an IPv4 address or an IPv6 network."""
+    """The client for which limits are counted: an IPv4 address or an IPv6 network."""
     peer = protocol.peername
     return _counted_as(peer[0]) if isinstance(peer, tuple) else ""
 
 
 @lru_cache(4096)
 def _counted_as(address: str) -> str:
-    """One site has a whole /64 of IPv6 addresses (RFC 6177), and could pose as many clients with them."""
+    """The address, or its /64 for IPv6: a site has a whole /64 (RFC 6177), and could pose as many clients with it."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv4Address):
         return address
@@ -387,7 +387,7 @@ class AllowedHosts:
                 )
 
     def _is_ours(self, authority: str) -> bool:
-        """An address is nobody's name, and so cannot be made to resolve elsewhere."""
+        """An address always counts as ours: it is not a name, and so cannot be made to resolve elsewhere."""
         return self._is_allowed(authority) or _is_address(authority) or _name(authority) in _ALWAYS_LOCAL
 
     def _is_allowed(self, authority: str) -> bool:

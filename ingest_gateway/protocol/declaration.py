@@ -1,4 +1,4 @@
-"""Declarations of routes: parameters, body, answers and problems; and the OpenAPI 3.1 document made from them."""
+"""Declarations of routes: parameters, body, answers and problems; and the OpenAPI 3.1 document built from them."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ from services.core.access import Right
 
 Handler = Callable[[Call], Awaitable[web.StreamResponse]]
 Access = Right | Literal["open", "identified"]
-"""Who may call a route: whoever has this right on some packages; anyone, or anyone who proves who they are."""
+"""Who may call a route: whoever has this right on some packages, anyone (`open`), or anyone who proves who they are."""
 
 Schema = Mapping[str, Any]
 
 BINARY: Schema = {"type": "string", "format": "binary"}
-"""Schema of bytes. OpenAPI 3.1 needs none, but generators of clients take a body without one for JSON."""
+"""Schema of bytes. OpenAPI 3.1 needs none, but client generators take a body without a schema for JSON."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A body of items, each in this shape (a pydantic type), that may have no end."""
+    """A body of items, each in this shape (a pydantic type). It may be endless."""
 
     item: Any
 
 
 @dataclass(frozen=True)
 class Body:
-    """A request body: per media type its shape (a pydantic type) or schema, and an example that works."""
+    """A request body: per media type its shape (a pydantic type) or schema, and a working example."""
 
     content: Mapping[str, Any]
     required: bool = True
@@ -62,7 +62,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Success:
-    """A successful answer: per media type its shape (a pydantic type) or schema; per header its schema."""
+    """A successful answer: its shape (a pydantic type) or schema per media type, and the schemas of its headers."""
 
     status: int
     description: str
@@ -75,8 +75,8 @@ class Route:
     """One method of one resource. `{relative_path}` at the end of `template` matches the rest of the path.
 
     `access` is checked before anything else; the registry checks on which packages the caller has the right.
-    `transfer` is the kind of place (see `admission`) that a request takes before it is handled. HEAD moves no
-    bytes and takes none.
+    `transfer` is the kind of place (see `admission`) that a request takes before it is handled. HEAD moves no bytes
+    and takes no place.
     """
 
     method: str
@@ -92,11 +92,11 @@ class Route:
     tag: str = "packages"
     transfer: Transfer | None = None
     cookie: str | None = None
-    """The cookie in which the token may come, for pages whose browser sends no `Authorization`."""
+    """The cookie that may contain the token, for pages whose browser sends no `Authorization`."""
 
     @property
     def operation_id(self) -> str:
-        """Its name in the OpenAPI document: the handler's."""
+        """The operation's name in the OpenAPI document: that of the handler."""
         return self.handler.__name__
 
 
@@ -247,7 +247,8 @@ def _problems(kinds: Iterable[type[ArtifactStoreError]], schemas: dict[str, Any]
 
 
 def _media(shape: Any, schemas: dict[str, Any]) -> dict[str, Any]:
-    """Generators must not read a stream as one JSON value. OpenAPI 3.2 calls the schema of an item `itemSchema`."""
+    """The media type object. Generators must not read a stream as one JSON value, so `x-itemSchema` holds the schema of
+    its items (OpenAPI 3.2: `itemSchema`)."""
     if isinstance(shape, Stream):
         return {"schema": BINARY, "x-itemSchema": _schema(shape.item, schemas)}
     return {"schema": _schema(shape, schemas)}

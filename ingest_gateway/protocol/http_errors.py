@@ -1,4 +1,4 @@
-"""Errors of HTTP itself, and the one place where an error becomes an answer (RFC 9457)."""
+"""Errors of the HTTP protocol, and the one place where an error becomes an answer (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def answer_of(error: ArtifactStoreError) -> web.Response:
 
 
 def internal() -> web.Response:
-    """The answer to an unexpected error, whose text stays in the log."""
+    """The answer to an unexpected error. The error's text stays in the log."""
     return problem_answer(problem(500, ArtifactStoreError.problem, "an error that was not foreseen; see the log"), {})
 
 

@@ -15,7 +15,7 @@ from ingest_gateway.protocol.http_errors import InvalidFieldsError
 Shape = TypeVar("Shape", bound=Request)
 
 MAX_FAULTS = 64
-"""Up to this many faulty fields are all named; of more, only the first few."""
+"""Up to this number, all faulty fields are named. If there are more, only the first few are."""
 
 _FIRST_FAULTS = 5
 _MOST_FAULTS_READ = 10_000  # pydantic formats all or none; more than this are only counted
@@ -24,9 +24,9 @@ _MOST_FAULTS_READ = 10_000  # pydantic formats all or none; more than this are o
 def parse_json(body: bytes, shape: type[Shape]) -> Shape:
     """The body in this shape.
 
-    Raises InvalidRequestError: not UTF-8, not JSON, a repeated key, NaN or Infinity, nested too deeply, or
-    more than MAX_FAULTS fields at fault; InvalidFieldsError: a field is missing, unknown or mistyped. Takes a
-    second or two for a body of 16 MiB.
+    Raises InvalidRequestError: not UTF-8, not JSON, a repeated key, NaN or Infinity, nested too deeply, or more than
+    MAX_FAULTS faulty fields. Raises InvalidFieldsError: a field is missing, unknown or mistyped. Takes a second or two
+    for a body of 16 MiB.
     """
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)

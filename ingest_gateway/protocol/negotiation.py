@@ -14,10 +14,10 @@ _TAG = re.compile(r'[\s,]*(?:(?P<weak>W/)?"(?P<value>[\x21\x23-\x7e\x80-\U0010ff
 
 
 def choose(accept: str | None, offered: Sequence[str]) -> str:
-    """The `offered` media type that `accept` prefers; the first of those it likes equally.
+    """The `offered` media type that `accept` prefers; the first one of equal preference.
 
-    The most specific media range that matches decides; parameters other than `q` are ignored. Raises
-    NotAcceptableError when `accept` takes none.
+    The most specific media range that matches decides. Parameters other than `q` are ignored. Raises
+    NotAcceptableError if `accept` accepts none.
     """
     if accept is None or not accept.strip():
         return offered[0]
@@ -94,9 +94,9 @@ def requested(header: str | None, if_range: str | None, tag: str, size: int) -> 
     """The slice that `Range` asks for; None to answer with the whole.
 
     Ignored, as RFC 9110 §14.2 allows or demands: another unit, a malformed range, more than one range, and any range
-    when `If-Range` is not the strong tag `tag` (without its quotes).
+    if `If-Range` is not the strong tag `tag` (without its quotes).
 
-    Raises RangeNotSatisfiableError: the representation has no byte in the range.
+    Raises RangeNotSatisfiableError if the representation has no byte in the range.
     """
     if header is None or (if_range is not None and if_range.strip() != f'"{tag}"'):
         return None

@@ -1,7 +1,7 @@
 """The parameters of requests: in path, query and headers, each declared once.
 
-A declaration reads the parameter's text, and describes the parameter in the OpenAPI document. A parameter that only one
-module of routes has is declared there.
+A declaration parses the parameter's text, and describes the parameter in the OpenAPI document. A parameter that only
+one module of routes uses is declared there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Parameter(Generic[Value]):
     schema: dict[str, Any]
     example: Any = field(default=None)
     repeats: bool = False
-    """Whether a query may hold it several times; `schema` is that of one value."""
+    """Whether a query may contain it several times. `schema` describes one value."""
 
 
 def _text(name: str) -> Callable[[str], str]:

@@ -51,14 +51,14 @@ from services.runtime.tracing import Span, Tracer, traceparent
 Shape = TypeVar("Shape", bound=Request)
 
 MAX_JSON_BYTES = 1 << 20
-"""Most bytes of a JSON body beyond what metadata may take."""
+"""Maximum size of a JSON body beyond what metadata may take."""
 
 _PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed in a thread
 
 _HASHED_AT_ONCE_BYTES = 64 * 1024  # a larger chunk is hashed in a thread
 
 RIGHTS_SECONDS = 1.0
-"""How old the known rights of the sender may be while a body arrives and when it ends."""
+"""Maximum age of the known rights of the sender, while a body arrives and when it ends."""
 
 _MD5 = "md5"
 
@@ -82,7 +82,7 @@ class Call:
         """Call `read_head` before reading query parameters, path parameters or the body."""
         self.gateway = gateway
         self.principal = _NOBODY
-        """Who sends the request, once `authenticate` has found out."""
+        """The sender of the request, once `authenticate` has identified it."""
         self._authorization: str | None = None
         self._named: str | None = None
         """The actor that `X-Actor` names instead of the sender, once `name_actor` has read it."""
@@ -91,14 +91,14 @@ class Call:
         self.target, self._raw_query = _target(request)
         self.began = self._looked_at = asyncio.get_running_loop().time()
         self.status = 0
-        """The answer's status; 0 until there is one, and when the answer was cut off."""
+        """The answer's status; 0 until there is one, and if the answer was cut off."""
         self.refused_by: ArtifactStoreError | None = None
-        """The error that the answer stands for."""
+        """The error that the answer reports."""
         self.cause: str | None = None
         """Why the request failed."""
         given = request.headers.get(_REQUEST_ID, "")
         self.request_id = given if _REQUEST_ID_FORM.fullmatch(given) else f"{random.getrandbits(64):016x}"
-        """Identifies the request in log lines and in the answer: the sender's own id, or a random one."""
+        """Identifies the request in log lines and in the answer: the sender's id, or a random one."""
         self.traceparent = traceparent(request.headers.get("traceparent"))
         """The trace that the request belongs to, if there is one."""
         self._span: Span | None = None
@@ -121,7 +121,7 @@ class Call:
         return f"{self.request.remote} {self.request.method[:32]} {path}"
 
     def begin_span(self, tracer: Tracer) -> None:
-        """Begin the request's own span, which `traceparent` is from now on."""
+        """Begin the request's span. From now on, `traceparent` names it."""
         protocol = "1.0" if self.request.version < HttpVersion11 else "1.1"
         method = self.request.method[:32]
         attributes = {
@@ -161,7 +161,7 @@ class Call:
         Raises:
             InvalidRequestError: a query parameter is not among `parameters`, or a digest cannot be checked here.
             ContentMismatchError: digests contradict each other, or there is no body.
-            ExpectationFailedError: the client expects something else than 100-continue.
+            ExpectationFailedError: the client expects something other than 100-continue.
         """
         self._path = path
         of_query = [p for p in parameters if p.place == "query"]
@@ -178,9 +178,9 @@ class Call:
         self._expects = expect is not None and self.request.version >= HttpVersion11
 
     async def authenticate(self, cookie: str | None = None) -> None:
-        """Find out who sends the request. Raises UnauthenticatedError, UnavailableError.
+        """Identify the sender of the request. Raises UnauthenticatedError, UnavailableError.
 
-        The token is that of `Authorization`, else that of the cookie of this name.
+        The token comes from `Authorization`, otherwise from the cookie of this name.
         """
         given = self.request.headers.getall("Authorization", ())
         if len(given) > 1:
@@ -193,12 +193,12 @@ class Call:
 
     @property
     def token(self) -> str | None:
-        """The token that the sender was authenticated by, None if none was sent."""
+        """The token with which the sender was authenticated; None if none was sent."""
         return None if self._authorization is None else self._authorization.partition(" ")[2].strip()
 
     @property
     def identified(self) -> bool:
-        """Whether it is known who sends the request."""
+        """Whether the sender of the request is known."""
         return self.principal is not _NOBODY
 
     def require(self, right: Right) -> None:
@@ -224,18 +224,18 @@ class Call:
 
     @property
     def valid_until(self) -> float | None:
-        """When the sender's token ends, by the event loop's clock; None: never."""
+        """When the sender's token expires, by the event loop's clock; None: never."""
         ends = self.principal.expires_at
         return None if ends is None else asyncio.get_running_loop().time() + ends - time.time()
 
     def require_valid(self) -> None:
-        """Raise UnauthenticatedError once the sender's token has ended."""
+        """Raise UnauthenticatedError if the sender's token has expired."""
         if self.principal.expires_at is not None and self.principal.expires_at <= time.time():
             raise UnauthenticatedError("the token has expired", "invalid_token")
 
     @asynccontextmanager
     async def while_valid(self) -> AsyncIterator[None]:
-        """Raise UnauthenticatedError within the block once the sender's token has ended."""
+        """Raise UnauthenticatedError inside the block once the sender's token has expired."""
         scope = asyncio.timeout_at(self.valid_until)
         try:
             async with scope:
@@ -258,9 +258,10 @@ class Call:
     async def _look_again(self) -> None:
         """Continue with the rights that the sender has now.
 
-        A token that has only expired still counts: many live for less time than a large body takes.
+        A token that has only expired still counts: many tokens expire before a large body ends.
 
-        Raises UnauthenticatedError: the token was revoked. ForbiddenError: the sender had all rights, and has fewer.
+        Raises UnauthenticatedError if the token was revoked, ForbiddenError if the sender had all rights and now has
+        fewer.
         """
         now = asyncio.get_running_loop().time()
         if now < self._looked_at + RIGHTS_SECONDS:
@@ -280,7 +281,7 @@ class Call:
 
     @contextmanager
     def when_client_leaves(self, leave: Callable[[], None]) -> Iterator[None]:
-        """Call `leave` as soon as the client's connection is lost. Raises ConnectionResetError when it is already."""
+        """Call `leave` as soon as the client's connection is lost. Raises ConnectionResetError if it already is."""
         self.require_client()
         protocol = self.request.protocol
         with protocol.when_lost(leave) if isinstance(protocol, Connection) else nullcontext():
@@ -288,25 +289,26 @@ class Call:
 
     @property
     def client_has_left(self) -> bool:
-        """Whether the client's connection is lost. For a moment it is so although there is a transport still."""
+        """Whether the client's connection is lost. The transport may still exist for a moment."""
         transport = self.request.transport
         return transport is None or transport.is_closing()
 
     def require_client(self) -> None:
-        """Raise ConnectionResetError once the client's connection is lost."""
+        """Raise ConnectionResetError if the client's connection is lost."""
         if self.client_has_left:
             raise ConnectionResetError("the client went away")
 
     def name_actor(self) -> None:
         """Read the actor that `X-Actor` names.
 
-        Raises InvalidRequestError, and ForbiddenError when that is not the sender, who may delegate for no package.
+        Raises InvalidRequestError, and ForbiddenError if that is not the sender and the sender may delegate for no
+        package.
         """
         named = self.header(ACTOR)
         if named is None or named == self.principal.actor:
             return
         self._named = named
-        # From this machine alone, nothing proves who sends: whoever it is says who they are.
+        # A gateway for this machine alone does not prove who sends: the sender names themselves.
         if not self.principal.local and not self.principal.may(Right.DELEGATE):
             raise ForbiddenError(
                 f"{ACTOR.name} names {named}, and {self.principal.actor} does not have the right to {Right.DELEGATE}: "
@@ -320,22 +322,22 @@ class Call:
 
     @property
     def counted_as(self) -> str:
-        """The principal that quotas are counted for: the sender or, if that is not proved, the client's address."""
+        """The principal for quotas: the sender or, if that is not proved, the client's address."""
         return self.client if self.principal.local else self.principal.actor
 
     @property
     def client(self) -> str:
-        """The client that limits are counted for: its address, or for IPv6 its 64-bit network."""
+        """The client for limits: its address, or for IPv6 its 64-bit network."""
         return client_of(self.request.protocol)
 
     @property
     def address(self) -> str:
-        """Where the request came from, whatever its headers say: the address of the connection's other end."""
+        """The address of the connection's other end, whatever the headers say."""
         return self.request.remote or ""
 
     @property
     def refusal(self) -> PushBackError | None:
-        """Why the connection has no place; None when it has one."""
+        """Why the connection has no place; None if it has one."""
         protocol = self.request.protocol
         return protocol.refusal if isinstance(protocol, Connection) else None
 
@@ -346,7 +348,7 @@ class Call:
 
     @property
     def sent(self) -> int:
-        """Bytes of the answer's body."""
+        """How many bytes of the answer's body have been sent."""
         return self._streamed + self._held
 
     def path(self, parameter: Parameter[Value]) -> Value:
@@ -354,7 +356,7 @@ class Call:
         return parameter.parse(self._path[parameter.name])
 
     def query(self, parameter: Parameter[Value]) -> Value | None:
-        """The value of a query parameter, None when it is absent. Raises InvalidRequestError."""
+        """The value of a query parameter; None if it is absent. Raises InvalidRequestError."""
         text = self._query.get(parameter.name)
         return None if text is None else parameter.parse(text)
 
@@ -363,20 +365,20 @@ class Call:
         return [parameter.parse(text) for text in self._repeated.get(parameter.name, ())]
 
     def header(self, parameter: Parameter[Value]) -> Value | None:
-        """The value of a header that may come once, None when it is absent. Raises InvalidRequestError."""
+        """The value of a header that may come only once; None if it is absent. Raises InvalidRequestError."""
         values = self.request.headers.getall(parameter.name, ())
         if len(values) > 1:
             raise InvalidRequestError(f"{parameter.name} came {len(values)} times")
         return parameter.parse(values[0]) if values else None
 
     def list_header(self, name: str) -> str | None:
-        """A header whose lines make one list (RFC 9110 §5.3), None when it is absent."""
+        """The lines of a header as one list (RFC 9110 §5.3); None if it is absent."""
         values = self.request.headers.getall(name, ())
         return ", ".join(values) if values else None
 
     @property
     def checked(self) -> bool:
-        """Whether `body` raises at its end if it is not what the headers declare."""
+        """Whether `body` raises at its end if the content differs from what the headers declare."""
         return bool(self._digests)
 
     @property
@@ -385,7 +387,7 @@ class Call:
         return self._expects
 
     def take_sha256(self) -> bytes | None:
-        """The SHA-256 that the headers declare of the content. The caller must check it: `body` no longer does."""
+        """The SHA-256 of the content that the headers declare. The caller must check it: `body` no longer does."""
         return self._digests.pop("sha-256", None)
 
     def _declare_digests(self, parameters: Collection[Parameter[Any]]) -> None:
@@ -422,7 +424,7 @@ class Call:
         self.gateway.quotas.count(Quota.BYTES, self.counted_as, len(data))
 
     def held_body(self) -> bytes | None:
-        """The whole body, if it has arrived and needs neither decoding nor a digest check; None: read it by `body`."""
+        """The whole body, if it has arrived and needs no decoding and no digest check. None: read it with `body`."""
         content, headers = self.request.content, self.request.headers
         if self._expects or self._digests or not content.is_eof() or content.exception() is not None:
             return None
@@ -436,10 +438,10 @@ class Call:
         """The body as it arrives. Sends 100-continue first if the client waits for it.
 
         Raises:
-            IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not come to its end.
+            IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not arrive completely.
             UnauthenticatedError, ForbiddenError: see `_look_again`.
             UnsupportedMediaTypeError: it has a Content-Encoding, which only `coded` bodies may have.
-            ContentMismatchError: it is not what the headers declare.
+            ContentMismatchError: it differs from what the headers declare.
         """
         coding = self.list_header("Content-Encoding")
         if not coded and coding is not None and coding.strip().lower() != "identity":
@@ -464,7 +466,7 @@ class Call:
             began = clock()
             try:
                 chunk = content.read_nowait()
-                if not chunk and not content.at_eof():  # bytes that are there need no timer
+                if not chunk and not content.at_eof():  # bytes that have arrived need no timer
                     async with asyncio.timeout(seconds - waited):
                         chunk = await content.readany()
             except TimeoutError:
@@ -491,14 +493,14 @@ class Call:
             yield chunk
 
     async def json(self, shape: type[Shape], *, limit: int = 0) -> Shape:
-        """The JSON body in this shape. It may have `limit` bytes if that is more than usual.
+        """The JSON body in this shape. It may have `limit` bytes if that exceeds the usual maximum.
 
-        No body at all reads as an empty object when every field has a default.
+        A missing body counts as an empty object if every field has a default.
 
         Raises:
             UnsupportedMediaTypeError: the body is not declared as JSON.
             InvalidRequestError: it is not JSON, or does not have the shape; TooLargeError.
-            PushBackError: other bodies take all the room. TooManyAtOnceError: this client's bodies take half of it.
+            PushBackError: other bodies take all room. TooManyAtOnceError: this client's bodies take half of it.
         """
         limit = max(limit, MAX_JSON_BYTES + _JSON_ESCAPE * self.gateway.bounds.max_metadata_bytes)
         if (self.request.content_length or 0) > limit:
@@ -533,7 +535,7 @@ class Call:
         self.sign(response)
         endless = self.request.version < HttpVersion11 and response.content_length is None
         if endless or self.gateway.admission.draining:
-            response.force_close()  # the end of an answer without chunks (HTTP/1.0) is that of the connection
+            response.force_close()  # without chunks (HTTP/1.0) an answer ends with its connection
         await response.prepare(self.request)
 
     async def send(self, response: web.StreamResponse, data: bytes) -> None:
@@ -583,12 +585,12 @@ class Call:
             await taken(response.write_eof(), len(body), self.gateway.bounds)
 
     def _fits(self, size: int) -> bool:
-        """Whether the connection takes so many bytes at once, so that there is no client to wait for."""
+        """Whether the connection takes `size` bytes at once, without waiting for the client."""
         transport = self.request.transport
         return size <= BUFFERED_BYTES and transport is not None and not transport.get_write_buffer_size()
 
     def sign(self, response: web.StreamResponse) -> None:
-        """Put the server's name and the request's id into the answer."""
+        """Put the server's name and the request id into the answer."""
         response.headers["Server"] = SERVER
         response.headers[_REQUEST_ID] = self.request_id
 
@@ -598,7 +600,7 @@ class Call:
         self._held = 0 if self.request.method == "HEAD" else len(held(response))
 
     def cut(self) -> ConnectionResetError:
-        """Abort the connection in the middle of the answer; returns the error to raise."""
+        """Abort the connection in the middle of the answer. Returns the error to raise."""
         self.status = 0
         if self.request.transport is not None:
             self.request.transport.abort()
@@ -606,7 +608,7 @@ class Call:
 
 
 def _target(request: web.BaseRequest) -> tuple[str, str]:
-    """The path and query, not decoded. A target in absolute form (RFC 9112 §3.2.2) loses scheme and host."""
+    """The raw path and query. Scheme and host of a target in absolute form (RFC 9112 §3.2.2) are removed."""
     raw = request.raw_path
     if not raw.startswith("/"):
         raw = request.rel_url.raw_path_qs
@@ -668,22 +670,22 @@ def _query(raw: str, known: Collection[str], repeating: Collection[str]) -> tupl
 
 
 def declared(size: int | None, address: ContentAddress | None, sha256: bytes | None) -> Declared:
-    """What a producer declares about the bytes, from the values of headers."""
+    """The producer's declaration of the bytes, from the values of headers."""
     return Declared(size_bytes=size, blake3=None if address is None else address.digest, sha256=sha256)
 
 
 BUFFERED_BYTES = 60 * 1024
-"""Less than what a connection buffers before it makes writers wait: 64 KiB, the lengths of chunks among them."""
+"""Less than a connection buffers before it makes writers wait: 64 KiB, including the lengths of chunks."""
 
 SENT_AT_ONCE_BYTES = 256 * 1024
-"""Most bytes that are sent at once. The longer the piece, the later a client is found that takes nothing."""
+"""Maximum number of bytes that are sent at once. The longer the piece, the later a stalled client is found."""
 
 
 async def taken(writing: Awaitable[None], size: int, bounds: Bounds) -> None:
     """Wait for `writing`, which writes `size` bytes.
 
-    Raises ConnectionError; AnswerTimeoutError: the client takes less than `Bounds.body_bytes_per_second`, measured over
-    at least `Bounds.body_idle_seconds`. Only time spent waiting for the client counts.
+    Raises ConnectionError, and AnswerTimeoutError if the client takes less than `Bounds.body_bytes_per_second`,
+    measured over at least `Bounds.body_idle_seconds`. Only time spent waiting for the client counts.
     """
     seconds = max(bounds.body_idle_seconds, size / bounds.body_bytes_per_second)
     try:
@@ -694,7 +696,7 @@ async def taken(writing: Awaitable[None], size: int, bounds: Bounds) -> None:
 
 
 def held(response: web.StreamResponse) -> bytes:
-    """The body of an answer that is not streamed; empty for one that is."""
+    """The body of an answer that is not streamed; empty for a streamed one."""
     return response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b""
 
 
@@ -702,7 +704,7 @@ JSON = "application/json"
 SERVER = "artifact-store"
 """The value of `Server`, without a version."""
 NOT_KEPT: Mapping[str, str] = {"Cache-Control": "no-store"}
-"""For an answer that the next event may change."""
+"""Headers of an answer that the next event may change."""
 IMMUTABLE = "private, max-age=31536000, immutable"
 """`Cache-Control` of a representation that never changes; private, because reading needs a right."""
 
