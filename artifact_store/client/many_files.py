@@ -45,7 +45,7 @@ async def send_files(
         what="an archive was lost on its way and its stream cannot be read again",
         command_id=command_id,
     )
-    return await asyncio.to_thread(answers.ingested, answer.body)
+    return await asyncio.to_thread(answers.ingested_together, answer.body)
 
 
 async def name_files(
@@ -58,7 +58,7 @@ async def name_files(
     answer = await transport.call(
         "POST", f"/v1/packages/{package_id}/files", headers=headers, json=request.model_dump(exclude_none=True)
     )
-    return await asyncio.to_thread(answers.ingested, answer.body)
+    return await asyncio.to_thread(answers.ingested_together, answer.body)
 
 
 async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset[bytes]:

@@ -29,13 +29,22 @@ def created(body: bytes) -> Acknowledgement:
 
 
 def ingested(body: bytes) -> Acknowledgement:
-    """One file, or many together, are durable."""
+    """One file is durable."""
 
     def make(found: Any) -> Acknowledgement:
         done = _acknowledgement(found)
-        done.files = tuple(map(_file, found.get("files", (found,))))
-        if not done.files:
-            raise ValueError("no file")
+        done.files = (_file(found),)
+        return done
+
+    return _made(body, make)
+
+
+def ingested_together(body: bytes) -> Acknowledgement:
+    """Many files are durable."""
+
+    def make(found: Any) -> Acknowledgement:
+        done = _acknowledgement(found)
+        done.files = tuple(map(_file, found["files"]))
         return done
 
     return _made(body, make)

@@ -127,7 +127,7 @@ def test_acknowledgements_survive_the_way_over_http() -> None:
     ways: list[tuple[Callable[[Acknowledgement], bytes], Acknowledgement, Callable[[bytes], Acknowledgement]]] = [
         (lambda done: PackageCreatedAnswer.of(done).model_dump_json().encode(), created, answers.created),
         (FileIngestedAnswer.json_of, ingested, answers.ingested),
-        (FilesIngestedAnswer.json_of, ingested, answers.ingested),
+        (FilesIngestedAnswer.json_of, ingested, answers.ingested_together),
         (lambda done: PackageFinalizedAnswer.of(done).model_dump_json().encode(), finalized, answers.finalized),
     ]
     for written, done, read in ways:
@@ -163,7 +163,7 @@ _WRONG: dict[str, tuple[object, ...]] = {
     "event_digest": (None, 7, "00", "zz" * 32, "AB" * 32, "00 " * 32),
     "position": (7, "nowhere"),
     "files": (
-        *(None, 7, [7], [{}], [], {}),
+        *(None, 7, [7], [{}]),
         *([{**_ANSWER["files"][0], "relative_path": wrong}] for wrong in (7, "\ud800")),
     ),
     "manifest_digest": (None, 7, "blake3:00", "blake3:" + "AB" * 32),
@@ -175,7 +175,7 @@ _WRONG: dict[str, tuple[object, ...]] = {
     ("name", "wrong"), [(name, wrong) for name, all_wrong in _WRONG.items() for wrong in all_wrong]
 )
 def test_an_answer_to_a_push_with_another_shape_is_corrupt(name: str, wrong: object) -> None:
-    readers = (answers.created, answers.ingested, answers.finalized)
+    readers = (answers.created, answers.ingested_together, answers.finalized)
     right = json.dumps({**_ANSWER, "more": "of the future"}).encode()
     for read in readers:
         assert read(right).sequence == 2
@@ -189,10 +189,21 @@ def test_an_answer_to_a_push_with_another_shape_is_corrupt(name: str, wrong: obj
     assert refused, body
 
 
+@pytest.mark.parametrize("name", ["file_id", "relative_path", "size_bytes", "content_address", "sha256"])
+def test_an_answer_to_one_file_that_lacks_the_file_is_corrupt(name: str) -> None:
+    (file,) = _ANSWER["files"]
+    right = {"package_id": _ANSWER["package_id"], **file, "files": []}
+    assert answers.ingested(json.dumps(right).encode()).files[0].relative_path == "a"
+    for wrong in ({**right, name: None}, {key: value for key, value in right.items() if key != name}):
+        with pytest.raises(CorruptError):
+            answers.ingested(json.dumps(wrong).encode())
+
+
 def test_an_answer_to_a_push_that_is_no_object_is_corrupt() -> None:
     readers = (
         answers.created,
         answers.ingested,
+        answers.ingested_together,
         answers.finalized,
         answers.known_blobs,
         answers.package,
