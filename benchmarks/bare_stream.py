@@ -1,4 +1,4 @@
-"""The baseline of `fan-out`, in a process of its own: an aiohttp server that only writes bytes that are ready.
+"""The baseline of `fan-out`,in a separate process: an aiohttp server that only writes bytes that are ready.
 
 `python -m benchmarks.bare_stream PORT FILE`. The file holds, in CBOR, the chunks of each kind of reader. `GET /KIND` is
 a reader, and gets its chunks once `POST /go` has come.

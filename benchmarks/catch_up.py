@@ -35,7 +35,7 @@ class CatchUp(FullLog):
     """By a projector; see the module."""
 
     async def ours(self) -> float:
-        """As the base, with a group of its own that goes at the end."""
+        """As the base, with a separate group that is deleted at the end."""
         rate = await super().ours()
         await asyncio.to_thread(_forget_group, KafkaSettings.of(self._settings))
         return rate

@@ -57,7 +57,7 @@ class Bucket:
         return cls(url.netloc, url.path.strip("/"), settings.s3_access_key, secret, settings.s3_region)
 
     def client(self, connections: int = 1) -> Minio:
-        """The SDK with so many connections to keep."""
+        """The SDK with this many connections to keep."""
         pool = urllib3.PoolManager(maxsize=connections, timeout=urllib3.Timeout(60))
         return Minio(self.host, self.access_key, self.secret_key, secure=False, region=self.region, http_client=pool)
 

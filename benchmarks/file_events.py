@@ -1,4 +1,4 @@
-"""A log of packages with many files, for what reads it: valid events, encoded past every writer, on a topic of its own.
+"""A log of packages with many files, for readers: valid events, encoded without a writer, on a separate topic.
 
 As many packages as UNDER_WAY are filled at a time, RUN files of each in turn, as uploads that go on beside each other
 bring them. The same arguments give the same events.

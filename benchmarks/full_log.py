@@ -1,4 +1,4 @@
-"""A full log that a registry is made of anew: what `catch-up` and `rebuild` share, their baseline included.
+"""A full log from which a registry is rebuilt: what `catch-up` and `rebuild` share, including their baseline.
 
 300,000 files in 1,000 packages lie in six partitions before the clock starts. The baseline (`benchmarks.copy_rows`)
 copies the same rows, made beforehand, by one connection into the same indexed tables.

@@ -1,4 +1,4 @@
-"""What a benchmark of the gateway stands on: bucket, topic, views and folder of its own, and one gateway process."""
+"""The stage of a gateway benchmark: its own bucket, topic, views and folder, and one gateway process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stage:
         return sum(1 for _ in self.bucket.client().list_objects(self.bucket.name, prefix=prefix, recursive=True))
 
     def clear(self, prefix: str, expected: int | None = None) -> None:
-        """Remove the objects below a prefix; with `expected`, only if they are so many. Blocks."""
+        """Remove the objects below a prefix; with `expected`, only if this is their number. Blocks."""
         clear(self.bucket, prefix, expected)
 
 

@@ -1,4 +1,4 @@
-"""`rebuild`: a replay that builds the registry anew from a full log, in events/s.
+"""`rebuild`: a replay that rebuilds the registry from a full log, in events/s.
 
 `replay` loads the events of `benchmarks.full_log` in a process a core into tables without indexes, builds the indexes,
 catches up and switches. The clock runs from its first batch, behind which the events are counted, to the switch; its

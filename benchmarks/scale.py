@@ -80,7 +80,7 @@ class Services:
 
 
 async def cost(services: Services, folder: Path, gateways: int) -> Cost:
-    """What files cost with so many gateway processes; the median run of some, after one that does not count."""
+    """What files cost with this many gateway processes: the median of several runs, after one that does not count."""
     settings = services.settings(folder, f"scale-{gateways}")
     await asyncio.to_thread(output_of, settings, "migrate")
     with ProductProcess(settings, folder, "gateway", "--processes", str(gateways)) as gateway:

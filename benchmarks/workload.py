@@ -31,7 +31,7 @@ class PackageCommands:
 
 
 def package_commands(draw: Random, files: int, files_a_command: int = 1) -> PackageCommands:
-    """A package of so many files. The same state of `draw` gives the same commands; digests look like real ones."""
+    """A package with this many files. The same state of `draw` gives the same commands; digests look like real ones."""
     create_id = _command_id(draw)
     package_id = identifiers.package_id(ACTOR, create_id)
     run = draw.randrange(10**6)

@@ -74,7 +74,7 @@ async def imported(archive: Path, path: Path) -> Loaded:
 
 
 class EndsEarly:
-    """A filler that fails after so many transactions: before the next one, or after it, as if its answer was lost."""
+    """A filler that fails after this many transactions: before the next one, or after it, as if its answer was lost."""
 
     def __init__(self, filler: LogFiller, transactions: int, *, answer_lost: bool) -> None:
         self._filler = filler

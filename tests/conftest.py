@@ -84,7 +84,7 @@ def endpoints() -> Endpoints:
 
 @pytest.fixture
 def kafka_url(endpoints: Endpoints) -> Iterator[str]:
-    """A log URL with a prefix of its own; its topic is not made here, and deleted afterwards."""
+    """A log URL with a unique prefix. Its topic is not created here, and is deleted afterwards."""
     prefix = f"test-{uuid.uuid4().hex[:12]}"
     yield f"kafka://{endpoints.kafka}/{prefix}"
     admin = AdminClient({"bootstrap.servers": endpoints.kafka})
@@ -112,7 +112,7 @@ async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
 
 @pytest.fixture
 def s3_bucket(endpoints: Endpoints) -> Iterator[dict[str, Any]]:
-    """Settings that name an empty bucket of its own, which is emptied and removed afterwards."""
+    """Settings that name a separate empty bucket, which is emptied and removed afterwards."""
     keys = (endpoints.s3_access_key, endpoints.s3_secret_key, endpoints.s3_region)
     with Bucket(endpoints.s3, *keys) as bucket:
         yield bucket.settings
@@ -144,7 +144,7 @@ def any_s3_bucket(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 async def postgres_url(endpoints: Endpoints) -> AsyncIterator[str]:
-    """The SQLAlchemy URL of an empty database of its own, dropped afterwards, with whoever is still connected."""
+    """The SQLAlchemy URL of a separate empty database, which is dropped afterwards, whoever is still connected."""
     database = f"test_{uuid.uuid4().hex[:12]}"
     server, _, _ = endpoints.postgres.rpartition("/")
     await _execute(endpoints.postgres, f"create database {database}")

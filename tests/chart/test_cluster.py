@@ -145,11 +145,11 @@ class Store:
         return sum(one.get("Ready") == "True" for one in conditions)
 
     def await_ready(self, component: str, count: int) -> None:
-        """Wait until so many pods of a component are ready."""
+        """Wait until this many pods of a component are ready."""
         wait_until(lambda: self.available(component) == count, SECONDS, f"not {count} pods of {component} are ready")
 
     def await_pods(self, component: str, count: int, tag: str = "0.1.0") -> None:
-        """Wait until a component has just so many pods, all ready and with this image."""
+        """Wait until a component has exactly this many pods, all ready and with this image."""
         image = f"registry.example/artifact-store:{tag}"
 
         def there() -> bool:

@@ -30,7 +30,7 @@ STORES = [
 """Parameters of a fixture that calls `opened_stage`: every store on which the contract holds."""
 
 MUCH = pytest.mark.moves_much
-"""On tests that move so many bytes that SeaweedFS, slow with large bodies, has them under endurance alone."""
+"""Marks tests that move many bytes: SeaweedFS is slow with large bodies, and runs them only under endurance."""
 
 PART = 5 << 20  # the smallest part that S3 allows
 LIMIT = 1 << 40
@@ -46,7 +46,7 @@ class Stage:
 
 
 def endpoint(bucket: dict[str, Any], host: str | None = None) -> Endpoint:
-    """The endpoint that the settings of a fixture like `s3_bucket` name, or the same bucket by way of another host."""
+    """The endpoint that the settings of a fixture like `s3_bucket` name, or the same bucket through another host."""
     url = urlsplit(bucket["blobs_url"])
     keys = (bucket["s3_access_key"], bucket["s3_secret_key"])
     return Endpoint(host or url.netloc, url.path.strip("/"), False, *keys, bucket["s3_region"])

@@ -10,7 +10,7 @@ from tests.tcp import Connections
 
 
 class Tripwire:
-    """Breaks the connection, at most so many times, once a request begins with a pattern.
+    """Breaks the connection, up to a number of times, once a request begins with a pattern.
 
     The request reaches the store. What the store answers is lost from its `after`-th byte on.
     """
@@ -66,7 +66,7 @@ class Tripwire:
 
 
 class BitFlipper(Tripwire):
-    """Flips a bit of what passes once a request begins with a pattern, at most so many times.
+    """Flips a bit of what passes once a request begins with a pattern, up to a number of times.
 
     `after` bytes behind the end of the request's head; with `back`, of the answer's.
     """

@@ -49,7 +49,7 @@ def reports_of(reports: Connection) -> Iterator[Any]:
 
 
 def write(path: Path, name: str, packages: int | None, reports: Connection) -> None:
-    """Write so many packages of its own (None: without end), and files into packages that all writers share.
+    """Write this many separate packages (None: without end), and files into packages that all writers share.
 
     Every command is the same for the same name, so that a second run repeats the first. Reports each command with its
     acknowledgement.

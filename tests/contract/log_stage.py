@@ -44,13 +44,13 @@ class Stage:
     def writer(
         self, *, put_manifest: PutManifest = no_manifest, clock: Clock = system_clock, **settings: Any
     ) -> AbstractAsyncContextManager[CommandWriter]:
-        """A writer of its own, started and closed by the context; `settings` are changed for it alone."""
+        """A separate writer, started and closed by the context; `settings` are changed for it alone."""
         changed = replace(self.settings, **settings)
         return open_writer(changed, self.log, put_manifest, clock=clock)
 
     @asynccontextmanager
     async def reopened(self) -> AsyncIterator[Log]:
-        """The same log by a reader of its own."""
+        """The same log, read through a separate reader."""
         log = open_log(self.settings)
         try:
             yield log

@@ -43,7 +43,7 @@ _ROWS_AT_ONCE = 20_000
 
 @pytest.fixture(params=[10_000, pytest.param(1_000_000, marks=pytest.mark.endurance)])
 async def views(views_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Views]:
-    """Views with so many rows in every table that grows, in an order that has nothing to do with any key."""
+    """Views with this many rows in every table that grows, in an order unrelated to any key."""
     opened = Views(views_url)
     await opened.migrate()
     for start in range(0, request.param, _ROWS_AT_ONCE):
@@ -59,7 +59,7 @@ def id_of(kind: int, number: int) -> UUID:
 
 
 async def fill(views: Views, start: int, count: int) -> None:
-    """Rows number `start` and so many more: fifty files a package, a few producers that have most of the packages."""
+    """Rows from number `start` on: fifty files a package, and a few producers that have most of the packages."""
     dice = random.Random(start)
     packages: list[Row] = []
     files: list[Row] = []

@@ -79,7 +79,7 @@ async def views(views_url: str) -> AsyncIterator[Views]:
 
 
 async def test_lists_show_what_the_scope_includes(views_url: str) -> None:
-    """Each example runs on a loop of its own, in a thread of its own."""
+    """Each example runs on its own loop, in its own thread."""
 
     async def prepared() -> dict[UUID, tuple[str, str]]:
         opened = Views(views_url)

@@ -29,7 +29,7 @@ class Callers:
         self._tasks = [asyncio.ensure_future(self._call(n)) for n in range(callers)]
 
     async def grow(self, by: int = 50) -> None:
-        """Wait until so many more commands are answered."""
+        """Wait until this many more commands are answered."""
         enough = len(self.done) + by
 
         async def there() -> bool:

@@ -56,7 +56,7 @@ class Storm:
 
 
 def write_history(log: KafkaLog, events: int) -> int:
-    """Fill the log with a history of about so many events, in transactions; how many there are. Blocks.
+    """Fill the log with a history of about this many events, in transactions. Returns their number. Blocks.
 
     Two of three packages are finalized; transaction markers leave holes in the offsets.
     """
@@ -107,7 +107,7 @@ class CatchUp:
         )
 
     async def run(self, log: KafkaLog, disturbances: int) -> Mapping[str, str]:
-        """Catch up through so many disturbances; the digests of the views in the end."""
+        """Catch up through this many disturbances. Returns the digests of the views at the end."""
         await self._views.migrate()
         end = await log.end()
         moments = sorted(self._draw.random() for _ in range(disturbances))

@@ -31,7 +31,7 @@ HOLD = "hold"
 """The name of a package whose creation is held up."""
 
 thawed = threading.Event()
-"""Set when the process was frozen and goes on; what is held goes on then too."""
+"""Set when the process was frozen and continues; held requests continue then too."""
 
 _holding = threading.local()
 

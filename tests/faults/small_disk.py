@@ -42,7 +42,7 @@ class SmallDisk:
 
     @contextmanager
     def filled(self, server: Server) -> Iterator[None]:
-        """Within the block there is no room on the disk of this server. Blocks."""
+        """Inside the block, the disk of this server has no room. Blocks."""
         ballast = Path(f"/proc/{server.pid}/root{self.folder}/ballast")
         try:
             with ballast.open("wb", buffering=0) as file, suppress(OSError):

@@ -43,7 +43,7 @@ class Upload:
     files: Mapping[str, bytes]
     headers: dict[str, str]
     stop_at: int
-    """After so many bytes the body waits."""
+    """After this many bytes the body waits."""
     middle: asyncio.Event = field(default_factory=asyncio.Event)
     problems: list[dict[str, Any]] = field(default_factory=list)
     """What it was answered instead of an acknowledgement."""
@@ -81,7 +81,7 @@ class Upload:
 
 @dataclass
 class Stage:
-    """A gateway that reaches MinIO by way of a proxy, and both of these."""
+    """A gateway that reaches MinIO through a proxy, and both of these."""
 
     gateway: RunningGateway
     minio: MinioServer

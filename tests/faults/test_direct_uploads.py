@@ -55,7 +55,7 @@ async def store_line(embedded: Settings, bucket: dict[str, Any]) -> AsyncIterato
 
 
 class Sending:
-    """One file on its way into a package of its own."""
+    """One file on its way into a separate package."""
 
     def __init__(self, client: Client) -> None:
         self._client = client

@@ -45,7 +45,7 @@ async def frozen(owner: ProductProcess) -> None:
 
 
 async def longest_wait(settings: Settings, folder: Path, count: int, happens: Happens) -> float:
-    """Let it happen to one of so many gateways under load; the longest that any client waited for the product."""
+    """Let it happen to one of this many gateways under load. Returns the longest wait of any client."""
     async with gateways(settings, folder, count) as started, PlainClient([g.endpoint for g in started]) as client:
         load = Load(client)
         with Standstill() as machine:

@@ -43,7 +43,7 @@ class Load:
         self._clients = [asyncio.ensure_future(self._client(n)) for n in range(CLIENTS)]
 
     async def grows(self, by: int = 50) -> None:
-        """Wait until so many more commands are answered."""
+        """Wait until this many more commands are answered."""
         enough = len(self.done) + by
 
         async def there() -> bool:

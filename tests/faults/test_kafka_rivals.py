@@ -80,7 +80,7 @@ async def take_over(
     cluster: Cluster | None = None,
     folder: str = "rivals",
 ) -> PartitionLease:
-    """The right to a partition, without asking any group, and with a state of its own."""
+    """The right to a partition, without asking any group, and with a separate state."""
     identity = await log.identity()
     states = States(kafka.state_dir.with_name(folder))
     return await asyncio.to_thread(
@@ -107,7 +107,7 @@ def carry_out(holder: PartitionLease, command: Command) -> None:
 
 
 def append(holder: PartitionLease, events: Sequence[Event]) -> None:
-    """Append a command's events in a transaction of their own."""
+    """Append a command's events in a separate transaction."""
     holder.commit(holder.hand_over([staged(events, None)]))
 
 

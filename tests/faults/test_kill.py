@@ -74,7 +74,7 @@ class Upload:
         return package_id
 
     async def reached(self, count: int) -> None:
-        """Wait until so many files were acknowledged."""
+        """Wait until this many files were acknowledged."""
         async with self._progress:
             await self._progress.wait_for(lambda: len(self.acknowledged) >= count)
 
@@ -102,7 +102,7 @@ class Killer:
 async def rounds(
     settings: Settings, url: str, victims: Sequence[ProductProcess], seconds: float, *, most_kills: int
 ) -> None:
-    """Uploads with up to so many kills, each looked at when it is done, and all of it by `verify` at the end."""
+    """Uploads with up to this many kills. Each is checked when it is done, and `verify` checks all at the end."""
     seed = int(os.environ.get("KILL_SEED") or random.randrange(2**32))
     rng = random.Random(seed)
     killer = Killer(victims, most_kills, rng)
@@ -190,7 +190,7 @@ async def test_killing_the_one_embedded_process_loses_and_repeats_nothing(
 async def test_a_gateway_that_is_killed_between_a_pack_and_its_events_has_acknowledged_nothing_of_it(
     embedded_settings: Settings, tmp_path: Path
 ) -> None:
-    """The retries store the files anew and record each once; what lies in the first pack is named by nothing."""
+    """The retries store the files again and record each once. No event names the content of the first pack."""
     log = Path(embedded_settings.log_url.removeprefix("sqlite:///"))
     blobs = tmp_path / "blobs" / "blobs"
     contents = {f"{number}.bin": b"content %d" % number * 50 for number in range(16)}

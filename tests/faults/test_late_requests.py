@@ -58,7 +58,7 @@ def prefix(request: pytest.FixtureRequest) -> str:
 
 
 async def arrived(network: Network, kind: int, more: int = 1) -> None:
-    """Wait until so many more requests of the kind were held up."""
+    """Wait until this many more requests of the kind were held up."""
     enough = network.delayed[kind] + more
 
     async def there() -> bool:

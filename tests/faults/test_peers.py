@@ -96,7 +96,7 @@ async def test_a_take_over_reads_all_that_was_recorded_although_a_deposed_leader
                 done.append((commands[1], await insist(writer, commands[1])))
                 await writer.close()
                 end = await asyncio.to_thread(Cluster(replace(log.kafka, bootstrap=others)).last_stable, [PARTITION])
-                # A process whose questions about the log go by way of this one broker.
+                # A process that asks about the log through this one broker.
                 successors.cluster = Cluster(replace(log.kafka, bootstrap=deposed.endpoint))
                 old = await asyncio.to_thread(successors.cluster.last_stable, [PARTITION])
                 assert old[PARTITION] < end[PARTITION], "the deposed leader answers with an old end"

@@ -227,7 +227,7 @@ async def longest_wait(
 async def test_an_upgrade_and_its_rollback_are_done_one_process_at_a_time_under_load(
     real_settings: Settings, tmp_path: Path, previous: PreviousRelease
 ) -> None:
-    """In the order of the operating guide, on the same state, while everybody goes on."""
+    """In the order of the operating guide, on the same state, while everybody continues."""
     await asyncio.to_thread(migrate, real_settings, tmp_path / "before", previous)
     async with cluster(real_settings, tmp_path, previous) as processes:
         *gateways, projector = processes

@@ -10,7 +10,7 @@ _POLL_SECONDS = 0.05
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float, otherwise: str) -> None:
-    """Return as soon as the condition holds. Raises AssertionError with `otherwise` after so many seconds."""
+    """Return as soon as the condition holds. Raises AssertionError with `otherwise` after this many seconds."""
     deadline = time.monotonic() + seconds
     while not await condition():
         if time.monotonic() > deadline:

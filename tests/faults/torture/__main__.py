@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.own_mounts and _may_mount():
         command = [sys.executable, "-m", "tests.faults.torture", *arguments, "--own-mounts"]
-        # The same process, with mounts of its own.
+        # The same process, with its own mounts.
         os.execvp("unshare", ["unshare", "--mount", *command])  # noqa: S606 - no shell is wanted
     kinds = [kind for kind in KINDS if options.only is None or kind.name in options.only]
     if not kinds:
@@ -93,7 +93,7 @@ async def torture(
     keep: bool = False,
     own_mounts: bool = False,
 ) -> Result:
-    """A whole round on a stage of its own in `folder`, whose data stays when a promise breaks.
+    """A whole round on a separate stage in `folder`. Its data stays if a promise breaks.
 
     `own_mounts`: what this process mounts ends with it; without, no disk can be filled.
     """

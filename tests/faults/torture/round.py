@@ -142,7 +142,7 @@ class Round:
             free = [kind for kind in self.kinds if not kind.takes & self._taken]
             if free:
                 chosen = self._rng.choices(free, [kind.weight for kind in free])[0]
-                # Each fault draws from numbers of its own, so that a seed means the same faults whatever else happens.
+                # Each fault draws from its own numbers, so that a seed means the same faults whatever else happens.
                 own = Scene(scene.stage, random.Random(self._rng.getrandbits(64)), scene.storm)
                 self._taken |= chosen.takes
                 task = asyncio.create_task(self._one(chosen, own))

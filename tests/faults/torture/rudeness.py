@@ -46,7 +46,7 @@ async def leave_without_answer(rng: Random, urls: Sequence[str], works: Sequence
 
 
 async def _send(url: str, request: bytes, seconds: float) -> None:
-    """Send, wait that long, reset the connection; a gateway that is down is no matter here."""
+    """Send, wait that long, reset the connection. It does not matter if the gateway is down."""
     parts = urlsplit(url)
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(parts.hostname, parts.port), 2)

@@ -119,7 +119,7 @@ class Stage:
     gateways: list[Part]
     projectors: list[Part]
     small_disk: Path | None
-    """Where the last gateway's state lies on a small disk of its own, if it does."""
+    """The small separate disk with the last gateway's state, if it has one."""
     store: StoreProxy | None = None
     """Between the parts and MinIO, if it is."""
     database: StoreProxy | None = None

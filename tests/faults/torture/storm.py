@@ -16,7 +16,7 @@ _AT_ONCE = 30
 
 
 class Storm:
-    """Sends by plain HTTP and writes to a journal of its own, as every producer does."""
+    """Sends by plain HTTP and writes to its own journal, as every producer does."""
 
     def __init__(self, client: PlainClient, journal: Journal, rng: Random) -> None:
         self._client = client

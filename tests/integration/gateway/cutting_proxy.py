@@ -21,7 +21,7 @@ class CuttingProxy:
     """Asked for every connection: after how many bytes it is cut; None is never."""
 
     stall_at: int | None = None
-    """Once so many bytes have passed in all, nothing moves until `go` is set."""
+    """Once this many bytes have passed in all, nothing moves until `go` is set."""
 
     go: asyncio.Event = field(default_factory=asyncio.Event)
     stalled: asyncio.Event = field(default_factory=asyncio.Event)

@@ -128,7 +128,7 @@ class Strangers:
     def _body(
         self, line: str, headers: str, first: int, more: int
     ) -> Callable[[asyncio.StreamWriter], Awaitable[None]]:
-        """A request whose body begins with `first` bytes and goes on by `more` a second; it has none without either."""
+        """A request whose body begins with `first` bytes and grows by `more` a second; it has none without either."""
         is_chunked = "chunked" in headers
 
         def framed(size: int) -> bytes:

@@ -39,7 +39,7 @@ def resident(pid: int) -> int:
 
 
 class Client:
-    """Runs client commands, each a process of its own, and keeps the peaks of memory: theirs and the gateway's."""
+    """Runs client commands, each in a separate process, and keeps the peaks of memory: theirs and the gateway's."""
 
     def __init__(self, gateway: ProductProcess, home: Path) -> None:
         self._gateway = gateway

@@ -90,7 +90,7 @@ async def whole(gateway: ProductProcess, partitions: int) -> None:
 
 
 async def packages(url: str, count: int) -> None:
-    """Make, fill and finalize so many packages, each over a connection of its own; no error is seen."""
+    """Create, fill and finalize this many packages, each over its own connection; no error is seen."""
 
     async def one(n: int) -> None:
         async with Client(url) as registry:

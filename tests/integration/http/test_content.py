@@ -41,7 +41,7 @@ async def _package(gateway: RunningGateway) -> str:
 
 
 async def _file(gateway: RunningGateway, name: str = "a", body: bytes = _BODY, media_type: str = "text/html") -> str:
-    """A file in a package of its own; returns the path of its content."""
+    """A file in a separate package. Returns the path of its content."""
     path = f"/v1/packages/{await _package(gateway)}/files/{name}"
     async with gateway.session.put(path, data=io.BytesIO(body), headers={"Content-Type": media_type}) as answer:
         assert answer.status == 201

@@ -37,7 +37,7 @@ async def gateway(embedded_settings: Settings) -> AsyncIterator[RunningGateway]:
 
 
 async def put(gateway: RunningGateway, framing: str, body: bytes) -> bytes:
-    """A whole request, which the connection goes on after."""
+    """A whole request, after which the connection continues."""
     package = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
     return f"PUT /v1/packages/{package}/files/a HTTP/1.1\r\nHost: [::1]\r\n{framing}\r\n\r\n".encode() + body
 

@@ -327,7 +327,7 @@ async def test_a_repeat_gets_the_first_answer_although_the_view_shows_nothing_of
 
 
 async def check_bytes(gateway: RunningGateway, own: Shown, foreign: list[Shown]) -> None:
-    """Who writes to a package of their own learns nothing of the bytes of others: naming or sending them tells nothing.
+    """Writers of their own packages learn nothing about the bytes of others by naming or sending them.
 
     An answer that records something is compared without the event's digest, in which there is a time.
     """

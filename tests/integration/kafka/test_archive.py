@@ -30,7 +30,7 @@ pytestmark = pytest.mark.services
 
 @asynccontextmanager
 async def another(settings: Settings, name: str, **changes: Any) -> AsyncIterator[KafkaLog]:
-    """A log on the same broker whose topic is not made yet; it is deleted afterwards."""
+    """A log on the same broker. Its topic does not exist yet, and is deleted afterwards."""
     log = KafkaLog(replace(settings, log_url=f"{settings.log_url}-{name}", **changes))
     try:
         yield log
@@ -63,7 +63,7 @@ async def append(log: KafkaLog, records: Mapping[int, Sequence[Record]]) -> None
 
 
 async def stray(log: KafkaLog, partition: int) -> None:
-    """Write a record that is no event, as anybody might."""
+    """Write a record that is not an event, as anybody might."""
     producer = Producer({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
     producer.produce(log.kafka.topic, b"no event", b"stray", partition)
     assert await asyncio.to_thread(producer.flush, 30) == 0
