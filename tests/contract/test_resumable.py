@@ -13,6 +13,8 @@ from uuid import UUID, uuid4
 
 import pytest
 from blake3 import blake3
+from minio import Minio
+from urllib3 import BaseHTTPResponse
 
 from artifact_store.errors import (
     ChecksumMismatchError,
@@ -92,15 +94,20 @@ async def test_what_one_request_brought_is_not_read_back(
 ) -> None:
     data = some_bytes(2 * scene.part + 7)
     reads: list[str] = []
-    read = scene.stage.store.read
+    read, get = scene.stage.store.read, Minio.get_object
 
     def counted(key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         reads.append(key)
         return read(key, offset, length)
 
+    def got(sdk: Minio, bucket: str, key: str, *, offset: int, length: int) -> BaseHTTPResponse:
+        reads.append(key)
+        return get(sdk, bucket, key, offset, length)
+
     upload = await scene.begin(len(data), said=Declared(len(data), blake3(data).digest()))
     with monkeypatch.context() as patched:
         patched.setattr(scene.stage.store, "read", counted)
+        patched.setattr(Minio, "get_object", got)
         if requests == 2:
             await send(scene.one, upload, data, 0, 10)
         await send(scene.one, upload, data, 10 if requests == 2 else 0, len(data))

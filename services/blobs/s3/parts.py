@@ -15,12 +15,22 @@ import asyncio
 import logging
 import zlib
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from uuid import UUID, uuid4
 
-from artifact_store.errors import ContentMismatchError, TooLargeError, UnavailableError, UploadNotFoundError
+from minio.error import S3Error
+from urllib3 import BaseHTTPResponse
+
+from artifact_store.errors import (
+    ContentMismatchError,
+    CorruptError,
+    TooLargeError,
+    UnavailableError,
+    UploadNotFoundError,
+)
 from artifact_store.models import Declared
-from services.blobs.intake import MIB, PIECE_BYTES, Cleanups, Intake, check_declared
+from services.blobs.intake import MIB, BodyHash, Cleanups, check_declared
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.port import (
     ADDRESS_SECONDS,
@@ -43,7 +53,7 @@ from services.blobs.s3.multipart import (
     part_tag,
     put_part,
 )
-from services.blobs.s3.requests import CHECKSUM_CRC32, S3Requests, StoreTroubleError, crc32_text, find_object
+from services.blobs.s3.requests import ATTEMPTS, CHECKSUM_CRC32, S3Requests, StoreTroubleError, crc32_text, find_object
 
 PROBE_KEY = "health/write-probe"
 _AGAIN_SECONDS = 600.0
@@ -53,6 +63,7 @@ _PAUSE_SECONDS = 60.0
 """How long a failed check is valid."""
 
 _CHECK_SECONDS = 5.0
+_PAUSE_BETWEEN_READS = 0.2
 _PROBE = b"ok"
 _log = logging.getLogger(__name__)
 
@@ -125,6 +136,83 @@ class DirectAccess:
             return None
         finally:
             await self._requests.send("DELETE", key, GONE, query={"uploadId": upload_id})
+
+
+_READERS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="blob-read-back")
+_READ_BYTES = 1 << 20
+_TURN_BYTES = 64 << 20
+_STALLED_SECONDS = 60.0
+
+
+class _ReadBack:
+    """Reads an object for its digests and CRC-32. Runs once.
+
+    One thread reads and hashes: pieces that the event loop reads and hands to a thread took half as much processor
+    time again.
+    """
+
+    def __init__(self, requests: S3Requests, key: str, length: int) -> None:
+        self._requests = requests
+        self._sdk = requests.endpoint.sdk()
+        self._key = key
+        self._length = length
+        self._hash = BodyHash()
+        self._read = 0
+        self._left = False  # whether nobody waits for the thread any more
+        self.crc32 = 0
+        """Of the bytes so far."""
+
+    async def run(self) -> Digests:
+        """Read the first `length` bytes. A lost connection is replaced, and reading continues at the same offset.
+
+        Raises CorruptError: there are fewer; UnavailableError.
+        """
+        loop = asyncio.get_running_loop()
+        fruitless, moved_at = 0, loop.time()
+        try:
+            while self._read < self._length:
+                before = self._read
+                try:
+                    await loop.run_in_executor(_READERS, self._read_on)
+                except UnavailableError:
+                    fruitless += 1
+                    if self._read > before:
+                        fruitless, moved_at = 0, loop.time()
+                    if fruitless >= ATTEMPTS or loop.time() - moved_at > _STALLED_SECONDS:
+                        raise
+                    await asyncio.sleep(_PAUSE_BETWEEN_READS * fruitless)
+        finally:
+            self._left = True
+        return self._hash.digests()
+
+    def _read_on(self) -> None:
+        """Read the next bytes, not all of them at a time: other objects wait for a thread. Blocks."""
+        end = min(self._read + _TURN_BYTES, self._length)
+        with self._requests.sdk_errors():
+            answer = self._get(end)
+            try:
+                if answer.status != 206:
+                    raise self._requests.unavailable(f"answered {answer.status} to a request for a range")
+                for piece in answer.stream(_READ_BYTES, decode_content=False):
+                    if self._left:
+                        return
+                    self._hash.update(piece)
+                    self.crc32 = zlib.crc32(piece, self.crc32)
+                    self._read += len(piece)
+            finally:
+                answer.close()  # first: a connection with unread bytes must not be used again
+                answer.release_conn()
+        if self._read != end:
+            raise self._requests.unavailable("ends its answers early")
+
+    def _get(self, end: int) -> BaseHTTPResponse:
+        bucket, start = self._requests.endpoint.bucket, self._read
+        try:
+            return self._sdk.get_object(bucket, self._key, offset=start, length=end - start)
+        except S3Error as error:
+            if error.code in ("NoSuchKey", "InvalidRange"):
+                raise CorruptError(f"blob {self._key} is missing, or has fewer than {end:,} bytes") from None
+            raise
 
 
 _BEFORE_UPLOAD_ID = "/"  # between the name and the id of the multipart upload
@@ -232,15 +320,13 @@ class S3Parts:
         async with self._upload(key, upload):
             await complete_upload(self._requests, key, upload, listed, length)
         if digests is None:
-            intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
-            crc32 = 0
-            while piece := await intake.take(PIECE_BYTES):
-                crc32 = zlib.crc32(piece, crc32)
-            digests = await intake.digests()
+            reading = _ReadBack(self._requests, key, length)
+            digests = await reading.run()
+            check_declared(digests, declared)
             there = await find_object(self._requests, key)
             if there is not None and there.length != length:
                 raise ContentMismatchError(f"the parts have {there.length:,} bytes, {length:,} were declared")
-            if there is not None and there.crc32 not in (None, crc32_text(crc32)):
+            if there is not None and there.crc32 not in (None, crc32_text(reading.crc32)):
                 raise StoreTroubleError(str(self._requests.unavailable(f"gave other bytes of {key} than were put")))
         else:
             check_declared(digests, declared)

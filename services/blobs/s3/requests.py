@@ -15,8 +15,8 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -30,6 +30,7 @@ import aiohttp
 import urllib3
 from minio import Minio
 from minio.credentials.credentials import Credentials
+from minio.error import MinioException, S3Error
 from minio.signer import sign_v4_s3
 from minio.time import to_amz_date, to_signer_date
 from tenacity import (
@@ -369,6 +370,20 @@ class S3Requests:
             f"the blob store at {self.endpoint.host} refuses access ({code or 'no reason given'}): check "
             "ARTIFACT_STORE_S3_ACCESS_KEY, ARTIFACT_STORE_S3_SECRET_KEY, ARTIFACT_STORE_S3_REGION and the clock"
         )
+
+    @contextmanager
+    def sdk_errors(self) -> Iterator[None]:
+        """Turn what the SDK raises within the block into UnavailableError."""
+        try:
+            yield
+        except S3Error as error:
+            if error.response.status in {401, 403}:
+                raise self.refused(error.code or "") from None
+            if error.code == "NoSuchBucket":
+                raise self.no_bucket() from None
+            raise self.unavailable(f"answered {error.code}") from None
+        except (MinioException, urllib3.exceptions.HTTPError) as error:
+            raise self.unavailable(f"cannot be reached ({type(error).__name__})") from None
 
     async def _once(
         self,

@@ -18,10 +18,8 @@ from itertools import islice
 from typing import TypeVar
 from uuid import uuid4
 
-import urllib3
 from minio import Minio
 from minio.commonconfig import CopySource
-from minio.error import MinioException, S3Error
 
 from artifact_store.errors import ConfigurationError, CorruptError, UnavailableError
 from artifact_store.manifest import content_key
@@ -476,16 +474,8 @@ class S3BlobStore:
         return [(str(item.object_name), item.last_modified) for item in islice(found, _LISTED_AT_ONCE)]
 
     async def _with_sdk(self, act: Callable[[Minio], _T], *, seconds: float = ANSWER_SECONDS) -> _T:
-        try:
+        with self._requests.sdk_errors():
             return await asyncio.to_thread(lambda: act(self._requests.endpoint.sdk(seconds)))
-        except S3Error as error:
-            if error.response.status in {401, 403}:
-                raise self._requests.refused(error.code or "") from None
-            if error.code == "NoSuchBucket":
-                raise self._requests.no_bucket() from None
-            raise self._requests.unavailable(f"answered {error.code}") from None
-        except (MinioException, urllib3.exceptions.HTTPError) as error:
-            raise self._requests.unavailable(f"cannot be reached ({type(error).__name__})") from None
 
 
 def _total(content_range: str | None) -> int:
