@@ -11,8 +11,7 @@ rewritten. Version 2 of a type adds the principal to the actor; version 1 is rea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from io import BytesIO
 from typing import Any, cast
@@ -50,19 +49,6 @@ HEAD_BYTES = 10
 
 class UndecodableEventError(ValueError):
     """The bytes are not an event that this version can read. The text says why, and does not contain the bytes."""
-
-
-@dataclass(slots=True)
-class EncodedEvents:
-    """Consecutive events of one package, ready to be appended: ids as text, record values, chain digests.
-
-    Stored in columns, because an object for each event would cost as much as its digest.
-    """
-
-    first_sequence: int
-    event_ids: Sequence[bytes]
-    values: Sequence[bytes]
-    digests: Sequence[bytes]
 
 
 def schema_text(event_type: str) -> str:
