@@ -313,6 +313,8 @@ class _Found:
     """The position after them."""
     passed_over: bool
     """Whether the last of them was filtered out."""
+    in_step: bool
+    """As in `_Standing`, after them."""
 
 
 class _Run:
@@ -332,7 +334,7 @@ class _Run:
         """The position after the last event that was read; only set once reading has begun."""
         self._waiting: set[asyncio.Future[None]] = set()
         self._channels: dict[tuple[EventFilter, Form], _Channel] = {}
-        self._pieces: OrderedDict[tuple[_Channel, int], _Found] = OrderedDict()
+        self._pieces: OrderedDict[tuple[_Channel, int, str | None], _Found] = OrderedDict()
         self._pieces_bytes = 0
         self._seats: set[_Seat] = set()
         self._waited = 0.0
@@ -383,19 +385,24 @@ class _Run:
         read = takewhile(lambda event: event.offset < offsets.get(event.partition, 0), self._kept)
         return self._first + sum(1 for _ in read)
 
-    async def shared(self, channel: _Channel, number: int) -> _Found | None:
-        """The bytes for followers of a channel that are in step and before this event; made once.
+    async def shared(self, channel: _Channel, number: int, since: Position | None) -> _Found | None:
+        """The bytes for followers of a channel that are before this event; made once.
+
+        `since` is where they stand, None for those in step. Followers that join together stand at the same position,
+        beyond the tail in some partitions, until an event of each of these has come: they share too.
 
         None if the event is no longer kept. The number must be that of an event that was read.
         """
-        found = self._pieces.get((channel, number))
+        key = (channel, number, None if since is None else str(since))
+        found = self._pieces.get(key)
         if found is None:
-            found = await channel.make(number, None)
-            if found is not None and channel.seats > 1 and (channel, number) not in self._pieces:
-                self._pieces[channel, number] = found
-                self._pieces_bytes += len(found.data) + _EVENT_BYTES
+            found = await channel.make(number, since)
+            if found is not None and channel.seats > 1 and key not in self._pieces:
+                self._pieces[key] = found
+                self._pieces_bytes += _piece_bytes(key[2], found)
                 while self._pieces_bytes > self._room_bytes and len(self._pieces) > 1:
-                    self._pieces_bytes -= len(self._pieces.popitem(last=False)[1].data) + _EVENT_BYTES
+                    (_, _, stands), dropped = self._pieces.popitem(last=False)
+                    self._pieces_bytes -= _piece_bytes(stands, dropped)
         return found
 
     def require(self) -> None:
@@ -473,6 +480,11 @@ class _Run:
         self._wake()
 
 
+def _piece_bytes(stands: str | None, found: _Found) -> int:
+    """The estimated memory of a piece for those that stand there."""
+    return len(found.data) + len(stands or "") + _EVENT_BYTES
+
+
 class _Channel:
     """The followers of a run that want the same events in the same form."""
 
@@ -482,10 +494,10 @@ class _Channel:
         self.form = form
         self.seats = 0
 
-    async def make(self, number: int, at: _Standing | None) -> _Found | None:
+    async def make(self, number: int, since: Position | None) -> _Found | None:
         """The bytes for a follower that is before this event: as many events as fit into _AT_ONCE_BYTES.
 
-        With `at`, the follower may have read some of them, or be further than the tail in some partition. None if the
+        A follower with `since` may have read some of them, or be further than the tail in some partition. None if the
         event is no longer kept.
         """
         events = self._run.events(number)
@@ -496,7 +508,6 @@ class _Channel:
         if wanted.needs_origins:
             hidden = await self._run.origins.hidden({event.package_id for event in events}, wanted)
         pieces: list[bytes] = []
-        since = None if at is None else at.position
         in_step, size, end, passed_over = since is None, 0, number, False
         position = since
         for event in events:
@@ -517,9 +528,7 @@ class _Channel:
                 size += len(pieces[-1])
                 if size >= _AT_ONCE_BYTES:
                     break
-        if at is not None:
-            at.in_step = in_step
-        return _Found(b"".join(pieces), end, position, passed_over)
+        return _Found(b"".join(pieces), end, position, passed_over, in_step)
 
 
 class _Seat:
@@ -590,12 +599,9 @@ class _Seat:
 
         Advances `at`.
         """
-        if at.in_step:
-            found = await self._run.shared(self._channel, self.number)
-        else:
-            found = await self._channel.make(self.number, at)
+        found = await self._run.shared(self._channel, self.number, None if at.in_step else at.position)
         if found is not None:
-            self.number, at.position = found.end, found.position
+            self.number, at.position, at.in_step = found.end, found.position, found.in_step
         return found
 
 

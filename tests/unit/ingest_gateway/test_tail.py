@@ -450,9 +450,9 @@ async def test_an_event_is_decoded_encoded_and_framed_once_however_many_listen(
 
     make = event_tail._Channel.make
 
-    async def counted_make(channel: event_tail._Channel, number: int, at: object) -> object:
-        joined[channel, number] += at is None
-        return await make(channel, number, at)  # type: ignore[arg-type]
+    async def counted_make(channel: event_tail._Channel, number: int, since: Position | None) -> object:
+        joined[channel, number] += since is None
+        return await make(channel, number, since)
 
     monkeypatch.setattr("tests.memory_log.decode", counted_decode)
     monkeypatch.setattr("artifact_store.documents.event_lines.event_head", counted_head)
@@ -494,3 +494,37 @@ async def test_an_event_is_decoded_encoded_and_framed_once_however_many_listen(
     assert encoded == dict.fromkeys([event.event_id for event in EVENTS], 1)
     assert set(framed.values()) == {1}
     assert max(joined.values()) == 1, "what followers with the same filter get is put together once"
+
+
+async def test_followers_that_stand_beyond_the_tail_share_what_they_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the log lies after its last transaction's marker, which the tail does not see."""
+    log, half = MemoryLog(every=1), len(EVENTS) // 2
+    joined: Counter[tuple[int, str | None]] = Counter()
+    make = event_tail._Channel.make
+
+    async def counted_make(channel: event_tail._Channel, number: int, since: Position | None) -> object:
+        joined[number, None if since is None else str(since)] += 1
+        return await make(channel, number, since)
+
+    monkeypatch.setattr(event_tail._Channel, "make", counted_make)
+    tail = Tail(log)
+    first = _Follower(tail)
+    await first.join()
+    log.append(*EVENTS[:half])
+    while len(first.found) < half:
+        await first.take()
+    end = await log.end()
+    assert not first.found[-1].position.covers(end)
+    others = [_Follower(tail, end) for _ in range(5)]
+    for follower in others:
+        await follower.join()
+    joined.clear()
+    log.append(*EVENTS[half:])
+    for follower in others:
+        while len(follower.found) < len(EVENTS) - half:
+            await follower.take()
+        assert sorted(_ids(follower.found)) == sorted(_ids(EVENTS[half:]))
+    for follower in (first, *others):
+        await follower.leave()
+    assert any(since is not None for _, since in joined)
+    assert max(joined.values()) == 1
