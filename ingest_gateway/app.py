@@ -256,11 +256,9 @@ class App:
         if call.status < 500 or call.cause is None:
             return
         kind = f"{call.status} {method} {call.template}: {_NUMBER.sub('#', call.cause)}"
-        line = self._failures.passes(
-            f"{call.status} for {method} {call.template}, request {call.request_id}: {call.cause}", kind
+        self._failures.warn(
+            _log, f"{call.status} for {method} {call.template}, request {call.request_id}: {call.cause}", kind
         )
-        if line is not None:
-            _log.warning("%s", line)
 
 
 def _is_unseen(call: Call) -> bool:

@@ -33,6 +33,11 @@ class Repeats:
         self._seen[kind] = now, 0
         return line if not more else f"{line} (and once more)" if more == 1 else f"{line} (and {more} times more)"
 
+    def warn(self, logger: logging.Logger, line: str, kind: str | None = None) -> None:
+        """Log a warning that may recur, once in a while; its kind is its text if none is given."""
+        if (passed := self.passes(line, line if kind is None else kind)) is not None:
+            logger.warning("%s", passed)
+
 
 class JsonLines(logging.Formatter):
     """One JSON object per line: `time` (UTC), `level`, `logger`, `process`, `message`, and the `fields` of the record.

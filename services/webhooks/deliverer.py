@@ -152,7 +152,7 @@ class Deliverer:
         self._store = Subscriptions(views, clock)
         self._metrics = metrics or DeliveryMetrics()
         self._me = uuid4()
-        self._repeats = Repeats()
+        self._warn = partial(Repeats().warn, logger)
         policy, queries = policy or Policy(), Queries(views)
         self._begin = partial(
             _Lead, log, self._store, targets, grants_of, policy, self._metrics, clock, queries, self._me, self._warn
@@ -177,11 +177,6 @@ class Deliverer:
                 pause = _AGAIN_SECONDS
                 logger.exception("webhooks: a bug in this program; trying again in %g s", pause)
             await wait_for_stop(stop, pause)
-
-    def _warn(self, text: str) -> None:
-        """Log a warning that may recur; it is written once in a while."""
-        if (line := self._repeats.passes(text, text)) is not None:
-            logger.warning("%s", line)
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
         """Stand by until this process may deliver and can read the log. Returns False if `stop` is set first."""

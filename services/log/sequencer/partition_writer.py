@@ -678,9 +678,7 @@ class PartitionWriter:
 
     def _note(self, error: Exception) -> None:
         text = self._context.driver.cause(error)
-        line = self._repeats.passes(f"partition {self.partition} of the log is taken over again: {text}", text)
-        if line is not None:
-            _LOG.warning("%s", line)
+        self._repeats.warn(_LOG, f"partition {self.partition} of the log is taken over again: {text}", text)
         self._trouble = text
 
     def _deliver(self, answers: Sequence[tuple[Request, Outcome]]) -> None:
