@@ -144,10 +144,7 @@ class HttpForwarder:
         """See `Forwarder`. Raises PushBackError as `submit`."""
         with self._place(owner_url):
             version = await self._version_for(owner_url, asked)
-            body = encode_check(
-                asked.package_id, asked.relative_paths, asked.command_id, asked.grants, asked.principal, version
-            )
-            answer = await self._post(owner_url, CHECKS_PATH, body, version)
+            answer = await self._post(owner_url, CHECKS_PATH, encode_check(asked, version), version)
         return decode_class(answer)
 
     async def status(self, owner_url: str) -> list[PartitionStatus]:

@@ -194,7 +194,7 @@ class InternalListener:
         async def carry_out(here: Here, body: bytes) -> bytes:
             with _of_another_release():
                 asked = await decoded(decode_check, body)
-            return (await here.check_ingest_here(IngestCheck(*asked))).encode()
+            return (await here.check_ingest_here(asked)).encode()
 
         return await self._answer(request, carry_out)
 

@@ -8,7 +8,7 @@ Identifiers are CBOR tag 37 (binary UUID).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -26,7 +26,7 @@ from artifact_store.position import Position
 from artifact_store.rules import MAX_NUMBER, MAX_TEXT_CHARACTERS, PathPair
 from schemas.runs import StoredFile
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
-from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestCheck, IngestFiles
 
 VERSION = 5
 """The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""
@@ -104,25 +104,18 @@ def decode_command(data: bytes, version: int = VERSION) -> Command:
     return _build(shape, values, version)
 
 
-def encode_check(
-    package_id: UUID,
-    relative_paths: Sequence[str],
-    command_id: UUID | None,
-    grants: Grants = EVERYTHING,
-    principal: str | None = None,
-    version: int = VERSION,
-) -> bytes:
-    """The arguments of `check_ingest` as CBOR, without those that the version does not know: see `encode_command`."""
-    asked = [_plain(package_id), list(relative_paths), _plain(command_id)]
+def encode_check(asked: IngestCheck, version: int = VERSION) -> bytes:
+    """The question as CBOR, without the fields that the version does not know: see `encode_command`."""
+    values = [_plain(asked.package_id), list(asked.relative_paths), _plain(asked.command_id)]
     if version >= SAYS_GRANTS:
-        asked.append(_plain_grants(grants))
+        values.append(_plain_grants(asked.grants))
     if version >= SAYS_PRINCIPAL:
-        asked.append(principal)
-    return _dumps(asked)
+        values.append(asked.principal)
+    return _dumps(values)
 
 
-def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None, Grants, str | None]:
-    """Read the arguments of `check_ingest`. Raises InvalidRequestError if the message holds something else.
+def decode_check(data: bytes) -> IngestCheck:
+    """Read the question. Raises InvalidRequestError if the message holds something else.
 
     A message without grants comes from a gateway of a release that lets everybody do everything.
     """
@@ -132,11 +125,11 @@ def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None, Grants, str
         ):
             match added:
                 case []:
-                    return package_id, paths, command_id, EVERYTHING, None
+                    return IngestCheck(package_id, paths, command_id)
                 case [grants]:
-                    return package_id, paths, command_id, _read_grants(grants), None
+                    return IngestCheck(package_id, paths, command_id, _read_grants(grants))
                 case [grants, (str() | None) as principal]:
-                    return package_id, paths, command_id, _read_grants(grants), principal
+                    return IngestCheck(package_id, paths, command_id, _read_grants(grants), principal)
     raise InvalidRequestError("the forwarded question has another form")
 
 

@@ -51,7 +51,7 @@ from services.blobs.resumable.states import UploadState, _read
 from services.blobs.s3 import multipart, requests
 from services.config import Settings
 from services.core import wire
-from services.core.decide import Limits, acknowledge, decide
+from services.core.decide import IngestCheck, Limits, acknowledge, decide
 from services.identity.oidc import read_keys, unverified
 from services.identity.policy import parse_policy
 from services.identity.static_tokens import read_tokens
@@ -221,7 +221,7 @@ def decoders(folder: Path) -> dict[str, Decoder]:
     created = commands.create()
     package = created.package_id
     ingested = commands.ingest(package, "a", "b/c")
-    checked = wire.encode_check(package, ["a", "b/c"], created.command_id, ())
+    checked = wire.encode_check(IngestCheck(package, ["a", "b/c"], created.command_id, ()))
     body = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch", "metadata": {"k": [1.5, None]}}
     address = "blake3:" + "ab" * 32
     named = {"relative_path": "a", "media_type": "x/y", "size_bytes": 5, "content_address": address, "blob": address}

@@ -28,7 +28,7 @@ from schemas import identifiers
 from schemas.runs import StoredFile
 from services.core import wire
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
-from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestCheck, IngestFiles
 from services.core.wire import (
     decode_acknowledgement,
     decode_check,
@@ -117,7 +117,8 @@ def test_derived_identifiers_arrive_as_what_they_were() -> None:
     answer = Acknowledgement(package, 2, bytes(32), (file,))
     assert decode_command(encode_command(command)) == command
     assert decode_acknowledgement(encode_acknowledgement(answer)) == answer
-    assert decode_check(encode_check(package, ["a"], None)) == (package, ["a"], None, EVERYTHING, None)
+    asked = IngestCheck(package, ["a"], None, EVERYTHING, None)
+    assert decode_check(encode_check(asked)) == asked
 
 
 @given(ACKNOWLEDGEMENTS)
@@ -131,20 +132,20 @@ def test_an_acknowledgement_arrives_as_it_was_sent(acknowledgement: Acknowledgem
 def test_a_question_arrives_as_it_was_sent(
     package: UUID, paths: list[str], command_id: UUID | None, grants: Grants, principal: str | None
 ) -> None:
-    asked = package, paths, command_id, grants, principal
-    assert decode_check(encode_check(*asked)) == asked
-    assert decode_check(encode_check(*asked, wire.SAYS_GRANTS)) == (*asked[:-1], None)
+    asked = IngestCheck(package, paths, command_id, grants, principal)
+    assert decode_check(encode_check(asked)) == asked
+    assert decode_check(encode_check(asked, wire.SAYS_GRANTS)) == replace(asked, principal=None)
 
 
 def test_a_question_of_the_previous_release_is_of_somebody_who_may_do_everything() -> None:
     package = UUID(int=7)
-    assert decode_check(cbor2.dumps([package, ["a"], None])) == (package, ["a"], None, EVERYTHING, None)
+    assert decode_check(cbor2.dumps([package, ["a"], None])) == IngestCheck(package, ["a"], None, EVERYTHING, None)
 
 
 def test_a_right_that_is_not_known_here_gives_nothing() -> None:
     package = UUID(int=7)
     grants = [[["read", "paint"], ["*"], ["*"]]]
-    assert decode_check(cbor2.dumps([package, [], None, grants]))[3] == (Grant(frozenset({Right.READ})),)
+    assert decode_check(cbor2.dumps([package, [], None, grants])).grants == (Grant(frozenset({Right.READ})),)
     for broken in (1, [1], [[["read"], "*", ["*"]]], [[["read"], ["*"]]]):
         with pytest.raises(InvalidRequestError):
             decode_check(cbor2.dumps([package, [], None, broken]))
