@@ -24,6 +24,7 @@ from services.cli.status import (
     deliveries,
     endpoint,
     irregular,
+    kafka_log,
     processes,
     projections,
     room_needed,
@@ -33,7 +34,7 @@ from services.cli.status import (
 
 if TYPE_CHECKING:
     from services.config import Settings
-    from services.log.port import Log
+    from services.log.kafka import KafkaLog
 
 _PYTHON = (3, 11)
 _PATIENCE_SECONDS = 20.0
@@ -186,20 +187,16 @@ async def _log(settings: Settings, finding: Finding) -> None:
             return
         await log.check()
         finding.remarks.append(f"{await log.partitions()} partitions, id {await log.identity()}")
-        if not is_embedded(settings):
-            finding.remarks += await _under_replicated(log)
+        if (kafka := kafka_log(log)) is not None:
+            finding.remarks += await _under_replicated(kafka)
         if settings.schema_registry_url is not None:
-            finding.remarks.append(await _framing(log))
+            finding.remarks.append(await _framing(kafka))
     finally:
         await log.close()
 
 
-async def _under_replicated(log: Log) -> list[str]:
-    """Partitions of a Kafka log that are served but lack a replica. Nothing fails yet, so only `doctor` reports it."""
-    from services.log.kafka import KafkaLog
-
-    if not isinstance(log, KafkaLog):
-        return []
+async def _under_replicated(log: KafkaLog) -> list[str]:
+    """Partitions that are served but lack a replica. Nothing fails yet, so only `doctor` reports it."""
     topic = await log.blocking(log.cluster.topic)
     if not (short := topic.under_replicated):
         return []
@@ -209,11 +206,9 @@ async def _under_replicated(log: Log) -> list[str]:
     ]
 
 
-async def _framing(log: Log) -> str:
+async def _framing(log: KafkaLog | None) -> str:
     """How the log uses the schema registry, which has passed the log's check."""
-    from services.log.kafka import KafkaLog
-
-    if not isinstance(log, KafkaLog):
+    if log is None:
         return "the schema registry is not used: it is for a Kafka log"
     if await log.blocking(log.cluster.framing) is None:
         return (

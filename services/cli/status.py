@@ -153,7 +153,7 @@ async def projections(log: Log, views: Views, end: Position) -> list[dict[str, A
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
 
-    found, kafka = [], _kafka(log)
+    found, kafka = [], kafka_log(log)
     for name, projection in PROJECTIONS.items():
         position = await Queries(views).checkpoint(name)
         found.append(
@@ -271,7 +271,8 @@ _AGAIN_SECONDS = 0.2
 _CONFIRM_SECONDS = 15.0
 
 
-def _kafka(log: Log) -> KafkaLog | None:
+def kafka_log(log: Log) -> KafkaLog | None:
+    """The log as that of Kafka; None if it is a file."""
     if type(log).__name__ != "KafkaLog":  # importing it to ask would load librdkafka for a file
         return None
     from services.log.kafka import KafkaLog
@@ -284,7 +285,7 @@ async def writers(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
 
     If an owner does not answer, `trouble` says why. Raises UnavailableError: Kafka cannot be asked.
     """
-    if (kafka := _kafka(log)) is None:
+    if (kafka := kafka_log(log)) is None:
         return None
     owners = {p: member.client_id for member in await _gateways(kafka) for p in member.partitions}
     told = await _told(owners.values(), settings, lambda forwarder, url: forwarder.status(url))
@@ -293,7 +294,7 @@ async def writers(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
 
 async def processes(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
     """One object for each gateway process: its release, and what it reports about itself. Otherwise as `writers`."""
-    if (kafka := _kafka(log)) is None:
+    if (kafka := kafka_log(log)) is None:
         return None
     members = [*await _gateways(kafka), *await _members(kafka, kafka.kafka.aside_group)]
     urls = sorted({member.client_id for member in members})
@@ -363,7 +364,7 @@ async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> A
     from ingest_gateway.peers.forwarding import HttpForwarder
     from services.log.port import PartitionNotOwnedError
 
-    if (kafka := _kafka(log)) is None:
+    if (kafka := kafka_log(log)) is None:
         raise ConfigurationError("the embedded log is a file that nobody else writes to: restore it from a copy")
     deadline = asyncio.get_running_loop().time() + _CONFIRM_SECONDS
     async with HttpForwarder(PeerCredentials.of(settings)) as forwarder:
