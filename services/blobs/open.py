@@ -64,7 +64,7 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
         raise _wrong("credentials belong in ARTIFACT_STORE_S3_ACCESS_KEY and ARTIFACT_STORE_S3_SECRET_KEY")
     if not host:
         raise _wrong("the host is missing")
-    bucket = url.path.strip("/")
+    bucket = bucket_of(settings)
     if not _BUCKET.fullmatch(bucket):
         raise _wrong("the path is not one bucket name (3 to 63 lower case letters, digits, dots and hyphens)")
     if not settings.s3_access_key or not settings.s3_secret_key.get_secret_value():
