@@ -89,6 +89,17 @@ class Sending:
         assert await joined(await self._client.get_file(file_id)) == DATA
 
 
+@asynccontextmanager
+async def _silent_read_back(line: StoreProxy, file: Sending) -> AsyncIterator[None]:
+    """Begin to send the file. Within the context the store is silent to the gateway, which is reading the object."""
+    with line.silent_after(4 * MIB) as silent:
+        await file.begin()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await silent.wait()
+        await file.stays_unrecorded()
+        yield
+
+
 @pytest.mark.parametrize("cut", [False, pytest.param(True, marks=pytest.mark.endurance)], ids=["frozen", "cut"])
 async def test_a_store_that_falls_silent_while_an_object_is_read_back_only_delays_its_event(
     embedded_settings: Settings, s3_bucket: dict[str, Any], cut: bool
@@ -99,11 +110,7 @@ async def test_a_store_that_falls_silent_while_an_object_is_read_back_only_delay
         Client(gateway.url, QUICK) as client,
     ):
         file = Sending(client)
-        with line.silent_after(4 * MIB) as silent:
-            await file.begin()
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await silent.wait()
-            await file.stays_unrecorded()
+        async with _silent_read_back(line, file):
             if cut:
                 await line.cut()
         await file.arrives()
@@ -119,11 +126,7 @@ async def test_a_gateway_that_is_killed_between_the_completion_and_the_event_rec
             process = await asyncio.to_thread(stack.enter_context, serving(settings, tmp_path))
             async with Client(process.endpoint, QUICK) as client:
                 file = Sending(client)
-                with line.silent_after(4 * MIB) as silent:
-                    await file.begin()
-                    async with asyncio.timeout(PATIENCE_SECONDS):
-                        await silent.wait()
-                    await file.stays_unrecorded()
+                async with _silent_read_back(line, file):
                     await asyncio.to_thread(process.kill)
                     await line.cut()
                 await asyncio.to_thread(process.start)

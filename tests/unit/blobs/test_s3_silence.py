@@ -30,7 +30,8 @@ class Silent:
 
 
 @pytest.fixture
-async def silent() -> AsyncIterator[tuple[Silent, S3BlobStore]]:
+async def silent(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Silent, S3BlobStore]]:
+    monkeypatch.setattr("services.blobs.s3.requests.ANSWER_SECONDS", SECONDS)
     server = Silent()
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", server.answer)
@@ -44,22 +45,16 @@ async def silent() -> AsyncIterator[tuple[Silent, S3BlobStore]]:
             await store.close()
 
 
-async def test_a_silent_store_makes_an_upload_wait_once(
-    silent: tuple[Silent, S3BlobStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_silent_store_makes_an_upload_wait_once(silent: tuple[Silent, S3BlobStore]) -> None:
     server, store = silent
-    monkeypatch.setattr("services.blobs.s3.requests.ANSWER_SECONDS", SECONDS)
     with pytest.raises(UnavailableError, match="gave no answer in time"):
         # The transfer has time of its own, of which nothing is left to wait in vain once more.
         await store._requests.send("PUT", "probe", frozenset({200}), body=bytes(256 * 1024), seconds=SECONDS)
     assert server.asked == ["PUT"]
 
 
-async def test_a_silent_store_makes_a_download_wait_once(
-    silent: tuple[Silent, S3BlobStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_silent_store_makes_a_download_wait_once(silent: tuple[Silent, S3BlobStore]) -> None:
     server, store = silent
-    monkeypatch.setattr("services.blobs.s3.requests.ANSWER_SECONDS", SECONDS)
     with pytest.raises(UnavailableError, match="gave no answer in time"):
         async for _ in store.read(f"blobs/blake3/00/00/{'0' * 64}", 0, 10):
             pass
