@@ -544,7 +544,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class SqliteConnection(aiosqlite.Connection):
-    """A connection whose thread is told to stop only once.
+    """A connection that stops its thread only once.
 
     If a task is cancelled a second time while its connection is being closed, the connection is also stopped, while
     the closing is still under way. aiosqlite (0.22.1) then waits for ever for an answer from a thread that has ended,

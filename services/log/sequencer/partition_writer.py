@@ -381,7 +381,7 @@ class PartitionWriter:
         """Wait for an operator's confirmation if the partition needs one, and refuse all requests meanwhile.
 
         It needs one if the state ends before a record that is not an event, or if the log lost acknowledged events.
-        Returns True when the partition no longer needs one; False if the writer is told to stop.
+        Returns True when the partition no longer needs one; False when the writer has to stop.
         """
         while lease.stopped is not None or lease.losses:
             self._bad, self._losses = lease.stopped, lease.losses

@@ -1,7 +1,7 @@
 """A process of producers: each creates packages, fills and finalizes them, one after another, until SIGTERM.
 
 `python -m tests.faults.torture.load` reads its `LoadSettings` as JSON from standard input. Once a second it prints the
-packages in progress. When it is told to end, it finishes these packages first.
+packages in progress. On SIGTERM it finishes these packages first.
 """
 
 from __future__ import annotations

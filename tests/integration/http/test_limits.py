@@ -1,4 +1,4 @@
-"""A gateway's limits: everyone beyond them is told when to try again, and nobody can keep all others out."""
+"""A gateway's limits: a request beyond them is answered with when to try again, and no client can lock out the rest."""
 
 from __future__ import annotations
 
